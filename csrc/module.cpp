@@ -1,0 +1,84 @@
+// The extension module `moca_fast._C`: what was built, what this processor runs, and every op.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "common/binding.h"
+#include "common/isa.h"
+
+namespace py = pybind11;
+
+namespace moca {
+
+std::vector<Binder>& binders() {
+  static std::vector<Binder> list;
+  return list;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512bf16: return "avx512bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "portable";
+  }
+}
+
+static bool runs_here(Isa isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::avx512bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::avx512: return avx512;
+    case Isa::avx2: return avx2;
+    default: return true;
+  }
+#else
+  return isa == Isa::portable;
+#endif
+}
+
+static Isa choose_isa() {
+  const char* forced = std::getenv("MOCA_CPU_ISA");
+  for (Isa isa : {Isa::avx512bf16, Isa::avx512, Isa::avx2, Isa::portable}) {
+    if (forced && *forced) {
+      if (std::string(forced) != isa_name(isa)) continue;
+      if (runs_here(isa)) return isa;
+      throw std::runtime_error(std::string("MOCA_CPU_ISA: this processor does not run ") + forced);
+    }
+    if (runs_here(isa)) return isa;
+  }
+  throw std::runtime_error(std::string("MOCA_CPU_ISA: expected one of " MOCA_ISA_NAMES ", got ") +
+                           forced);
+}
+
+Isa active_isa() {
+  static const Isa isa = choose_isa();
+  return isa;
+}
+
+}  // namespace moca
+
+PYBIND11_MODULE(_C, module) {
+  using moca::DType;
+  py::enum_<DType>(module, "DType")
+      .value("float32", DType::float32)
+      .value("bfloat16", DType::bfloat16)
+      .value("float16", DType::float16);
+  module.def("build_info", [] {
+    return std::map<std::string, std::string>{
+        {"version", MOCA_VERSION}, {"cpu_isas", MOCA_ISA_NAMES}, {"compiler", __VERSION__},
+        {"cuda_archs", ""}};
+  });
+  module.def("cpu_isa", [] { return moca::isa_name(moca::active_isa()); });
+  for (moca::Binder bind : moca::binders()) bind(module);
+}

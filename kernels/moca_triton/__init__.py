@@ -1,0 +1,1 @@
+"""Triton kernels of the ops, one file an op; compiled when first called."""

@@ -1,0 +1,35 @@
+"""Argument checks shared by the ops: each names what was expected and what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    value: object,
+    *,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype],
+    like: Tensor | None = None,
+) -> None:
+    """Raise unless `value` is a tensor of this shape (str = any size), dtype and device."""
+    where = f"moca_fast.{op}: {name}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: expected a tensor, got {type(value).__name__}")
+    expected = f"({', '.join(str(s) for s in shape)}{',' if len(shape) == 1 else ''})"
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{where}: expected shape {expected}, got {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{where}: expected dtype {wanted}, got {got}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{where}: expected device {like.device}, got {value.device}")

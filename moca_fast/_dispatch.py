@@ -1,0 +1,134 @@
+"""Which backend runs an op.
+
+An op is a folder of `moca_fast/ops`; a backend of it is the module of that name beside `op.py`
+(`moca_triton.<op>` for Triton) with three functions: `unsupported(*inputs) -> reason | None`,
+`forward` and `backward`. Nothing is registered anywhere: the module path is the registration.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" tries them
+
+
+def _checked(backend: str, source: str) -> str:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"{source}: expected 'auto' or one of {BACKENDS}, got {backend!r}")
+    return backend
+
+
+_default = _checked(os.environ.get("MOCA_BACKEND") or "auto", "MOCA_BACKEND")
+
+
+@cache
+def op_names() -> tuple[str, ...]:
+    """Names of all ops, sorted."""
+    folder = Path(__file__).parent / "ops"
+    return tuple(sorted(p.parent.name for p in folder.glob("*/op.py")))
+
+
+@cache
+def _load(op: str, backend: str) -> ModuleType | str:
+    """The backend's module, or why there is none."""
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "the triton package is not installed"
+        name = f"moca_triton.{op}"
+    else:
+        name = f"moca_fast.ops.{op}.{backend}"
+    package = name.rpartition(".")[0]
+    if find_spec(package) is None or find_spec(name) is None:
+        return f"{op} has no {backend} kernel in this version"
+    try:
+        return import_module(name)
+    except ImportError as error:
+        return f"{name} does not import: {error}"
+
+
+def requested(backend: str) -> str:
+    """The backend asked for by the call, else by `use_backend`, else by MOCA_BACKEND."""
+    return _default if _checked(backend, "backend") == "auto" else backend
+
+
+def _refusal(op: str, backend: str, inputs: tuple) -> str | None:
+    module = _load(op, backend)
+    return module if isinstance(module, str) else module.unsupported(*inputs)
+
+
+def select(op: str, backend: str, *inputs: object) -> ModuleType:
+    """The module that runs this call. A named backend runs or raises with its reason."""
+    if backend != "auto":
+        if reason := _refusal(op, backend, inputs):
+            raise ValueError(f"moca_fast.{op}: backend {backend!r} cannot run this call: {reason}")
+        return _module(op, backend)
+    for name in BACKENDS:
+        if _refusal(op, name, inputs) is None:
+            return _module(op, name)
+    raise ValueError(f"moca_fast.{op}: no backend runs this call\n{_reasons(op, inputs)}")
+
+
+def _module(op: str, backend: str) -> ModuleType:
+    module = _load(op, backend)
+    assert isinstance(module, ModuleType)
+    return module
+
+
+def _reasons(op: str, inputs: tuple) -> dict[str, str | None]:
+    return {name: _refusal(op, name, inputs) for name in BACKENDS}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call (`backend`, None if none) and each backend's refusal."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend'} runs this call"]
+        for name, reason in self.reasons.items():
+            verdict = "runs" if name == self.backend else reason or "could run, not chosen"
+            lines.append(f"  {name:<9} {verdict}")
+        return "\n".join(lines)
+
+
+def explain(op: str, *args: object, **kwargs: object) -> Explanation:
+    """Which backend `moca_fast.<op>(*args, **kwargs)` would use, and why the others would not.
+
+    Takes the op's own arguments and checks them as the op does. Nothing is computed.
+    """
+    if op not in op_names():
+        raise ValueError(f"explain: expected one of {op_names()}, got {op!r}")
+    backend = requested(str(kwargs.pop("backend", "auto")))
+    module = import_module(f"moca_fast.ops.{op}.op")
+    reasons = _reasons(op, module.inputs(*args, **kwargs))
+    names = BACKENDS if backend == "auto" else (backend,)
+    return Explanation(op, next((n for n in names if reasons[n] is None), None), reasons)
+
+
+def backends() -> dict[str, dict[str, str | None]]:
+    """For every op and backend: None if its kernel is present, else why it is not."""
+    table: dict[str, dict[str, str | None]] = {}
+    for op in op_names():
+        loaded = {name: _load(op, name) for name in BACKENDS}
+        table[op] = {n: m if isinstance(m, str) else None for n, m in loaded.items()}
+    return table
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Every op called in the block with backend="auto" uses `backend`. Process-wide."""
+    global _default
+    previous, _default = _default, _checked(backend, "use_backend")
+    try:
+        yield
+    finally:
+        _default = previous

@@ -1,0 +1,1 @@
+"""The MoCa system: data, model, the two training stages, embedding and evaluation."""
