@@ -1,0 +1,1 @@
+"""Data: records, sources, images, encoding, packing and batches."""

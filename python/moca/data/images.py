@@ -1,0 +1,296 @@
+"""Images: decode, resize and cut into patches, exactly as the Qwen2-VL image processor does.
+
+A resized image of ``gh x gw`` patches becomes rows of ``P = 3 * temporal * patch * patch`` values,
+ordered so that the ``merge x merge`` patches of one vision token are consecutive (arXiv
+2409.12191). N patches, P values a patch, H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from moca.data.records import ImageLike
+
+# Mean and standard deviation of the images CLIP was trained on, RGB in [0, 1]
+# (github.com/openai/CLIP).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# The limit of the Qwen2-VL processor: longer images cannot be resized to whole patches sensibly.
+MAX_ASPECT_RATIO = 200
+# Pillow's own threshold for a suspicious image; a quarter of a gigabyte once decoded.
+MAX_DECODED_PIXELS = 89_478_485
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images become patches.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        merge_size: patches along each side of one vision token.
+        temporal_patch_size: frames a patch spans; a still image is repeated.
+        min_pixels: smallest resized area in pixels.
+        max_pixels: largest resized area in pixels.
+        image_mean: mean of each channel, RGB in [0, 1].
+        image_std: standard deviation of each channel.
+
+    Raises:
+        ValueError: a size that is not positive, or min_pixels above max_pixels.
+    """
+
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        sizes = ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels")
+        for field in sizes:
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        for field in ("image_mean", "image_std"):
+            values = tuple(float(value) for value in getattr(self, field))
+            if len(values) != 3:
+                raise ValueError(f"{field} must have 3 values, got {len(values)}")
+            object.__setattr__(self, field, values)
+
+    @property
+    def factor(self) -> int:
+        """Side of one vision token in pixels."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def patch_dim(self) -> int:
+        """P, the values of one patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    @classmethod
+    def from_processor_config(cls, config: Mapping[str, Any]) -> ImageSettings:
+        """Read a Qwen2-VL ``preprocessor_config.json``; what it leaves out keeps its default."""
+        size = config.get("size") or {}
+        values = {
+            "min_pixels": config.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": config.get("max_pixels") or size.get("longest_edge"),
+        }
+        names = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+        values |= {name: config.get(name) for name in names}
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    def to_processor_config(self) -> dict[str, Any]:
+        """The ``preprocessor_config.json`` that makes transformers do the same."""
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "resample": int(PIL.Image.Resampling.BICUBIC),
+            "rescale_factor": 1 / 255,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "patch_size": self.patch_size,
+            "merge_size": self.merge_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+        }
+
+
+def decode(image: ImageLike, name: str = "") -> PIL.Image.Image:
+    """Decode an image to RGB, with any transparency laid over white.
+
+    Files and bytes are turned upright by their EXIF orientation. A PIL image is taken as it is,
+    because the transformers processors do the same.
+
+    Args:
+        image: encoded bytes, a path or a PIL image.
+        name: the record it belongs to, for error messages.
+
+    Returns:
+        A PIL image of mode RGB.
+
+    Raises:
+        ValueError: missing, truncated, unreadable or far too large; names the record.
+    """
+    where = f"{name}: " if name else ""
+    label = f"{len(image)} bytes" if isinstance(image, bytes) else repr(image)
+    if isinstance(image, PIL.Image.Image):
+        return _decoded(image, upright=False, message=f"{where}cannot read image {label}")
+    if isinstance(image, bytes):
+        source: Any = io.BytesIO(image)
+    else:
+        path = os.fspath(image)
+        if str(path).startswith(("http://", "https://", "data:")):
+            raise ValueError(f"{where}image must be a local file, got {str(path)[:80]!r}")
+        if not os.path.isfile(path):
+            raise ValueError(f"{where}image file not found: {path}")
+        source, label = path, str(path)
+    try:
+        opened = PIL.Image.open(source)
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}cannot read image {label}: {error}") from error
+    with opened:
+        return _decoded(opened, upright=True, message=f"{where}cannot read image {label}")
+
+
+def _decoded(image: PIL.Image.Image, *, upright: bool, message: str) -> PIL.Image.Image:
+    width, height = image.size
+    if width * height > MAX_DECODED_PIXELS:
+        raise ValueError(
+            f"{message}: {width} x {height} pixels is above the limit of {MAX_DECODED_PIXELS}"
+        )
+    try:
+        image = PIL.ImageOps.exif_transpose(image) if upright else image
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, IndexError, MemoryError) as error:
+        raise ValueError(f"{message}: {error}") from error
+
+
+def target_size(
+    height: int, width: int, settings: ImageSettings, name: str = ""
+) -> tuple[int, int]:
+    """The size to resize to: multiples of the vision token, area in bounds, aspect ratio kept.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        settings: bounds and patch sizes.
+        name: the record, for error messages.
+
+    Returns:
+        (height, width) in pixels.
+
+    Raises:
+        ValueError: an aspect ratio above 200, or an empty image.
+    """
+    where = f"{name}: " if name else ""
+    if min(height, width) < 1:
+        raise ValueError(f"{where}an image of {width} x {height} pixels is empty")
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_ASPECT_RATIO:
+        raise ValueError(
+            f"{where}the aspect ratio of an image must be at most {MAX_ASPECT_RATIO}, "
+            f"got {ratio:g} ({width} x {height} pixels)"
+        )
+    factor, area = settings.factor, height * width
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor**2 > settings.max_pixels:
+        shrink = math.sqrt(area / settings.max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        columns = max(1, math.floor(width / shrink / factor))
+    elif rows * columns * factor**2 < settings.min_pixels:
+        grow = math.sqrt(settings.min_pixels / area)
+        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+    return rows * factor, columns * factor
+
+
+def resize(image: PIL.Image.Image, settings: ImageSettings, name: str = "") -> PIL.Image.Image:
+    """Resize to `target_size` with bicubic filtering.
+
+    Args:
+        image: an RGB image.
+        settings: bounds and patch sizes.
+        name: the record, for error messages.
+
+    Raises:
+        ValueError: an aspect ratio above 200.
+    """
+    height, width = target_size(image.height, image.width, settings, name)
+    return image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+def patchify(array: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Normalise an image and cut it into patches.
+
+    Args:
+        array: (H, W, 3) uint8, both sides a multiple of ``patch_size * merge_size``.
+        settings: patch sizes, mean and standard deviation.
+
+    Returns:
+        patches (N, P) float32 and the grid (1, H / patch_size, W / patch_size).
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    factor = settings.factor
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"expected (H, W, 3) uint8, got {array.shape} {array.dtype}")
+    height, width = array.shape[:2]
+    if height % factor or width % factor or not height or not width:
+        raise ValueError(
+            f"both sides must be positive multiples of {factor}, got {height} x {width}"
+        )
+    patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    grid = (1, height // patch, width // patch)
+    # Move the bytes first and widen them after: a quarter of the traffic of permuting floats.
+    blocks = array.reshape(height // factor, merge, patch, width // factor, merge, patch, 3)
+    blocks = np.ascontiguousarray(blocks.transpose(6, 0, 3, 1, 4, 2, 5)).reshape(3, -1, patch**2)
+    patches = np.empty((grid[1] * grid[2], 3, frames, patch**2), np.float32)
+    for channel in range(3):
+        # The order of the roundings is that of transformers, so that the values are equal to the
+        # bit.
+        values = blocks[channel].astype(np.float32)
+        values /= np.float32(255)
+        values -= np.float32(settings.image_mean[channel])
+        values /= np.float32(settings.image_std[channel])
+        patches[:, channel] = values[:, None]
+    return patches.reshape(len(patches), -1), grid
+
+
+def denormalize(
+    patches: np.ndarray, grid: tuple[int, int, int] | np.ndarray, settings: ImageSettings
+) -> np.ndarray:
+    """Turn the patches of one image back into pixels, for reports: the inverse of `patchify`.
+
+    Args:
+        patches: (N, P) float; values outside the range of pixels are clipped. Frames are averaged.
+        grid: (1, gh, gw) with gh * gw = N.
+        settings: what they were made with.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: patches that do not fill the grid.
+    """
+    patch, merge = settings.patch_size, settings.merge_size
+    _, rows, columns = (int(side) for side in grid)
+    if patches.shape != (rows * columns, settings.patch_dim):
+        raise ValueError(f"expected {(rows * columns, settings.patch_dim)}, got {patches.shape}")
+    values = np.asarray(patches, np.float32).reshape(len(patches), 3, -1, patch**2).mean(axis=2)
+    values = (
+        values * np.float32(settings.image_std)[:, None] + np.float32(settings.image_mean)[:, None]
+    )
+    pixels = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+    blocks = pixels.reshape(rows // merge, columns // merge, merge, merge, 3, patch, patch)
+    return blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
+
+
+def load_patches(
+    image: ImageLike, settings: ImageSettings, name: str = ""
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Decode, resize and cut one image: patches (N, P) float32 and the grid (1, gh, gw).
+
+    Raises:
+        ValueError: an image that cannot be read or has an aspect ratio above 200; names the record.
+    """
+    resized = resize(decode(image, name), settings, name)
+    return patchify(np.asarray(resized), settings)

@@ -1,0 +1,313 @@
+"""Documents and pairs: what every source is turned into, and the two published record schemas.
+
+A document is a text in which each ``IMAGE_MARKER`` stands for one image. The schemas are those of
+MoCa (arXiv 2506.23115): interleaved records (``text``, ``images``) for continual pre-training and
+contrastive records (``qry``, ``pos_text``, ``neg_text`` and their image paths) for fine-tuning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+IMAGE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
+ImageLike = bytes | str | os.PathLike | PIL.Image.Image
+
+_IMAGE_PAD = "<|image_pad|>"
+_NUMBERED_MARKER = re.compile(r"<\|image_\d+\|>")
+_PLAIN_MARKER = "<image>"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text in which the i-th ``IMAGE_MARKER`` stands for ``images[i]``.
+
+    Args:
+        text: the text with its markers; may be empty only when read, never when encoded.
+        images: encoded bytes, paths or PIL images, in the order of the markers.
+        name: where the document came from, for error messages.
+
+    Raises:
+        ValueError: the number of markers is not the number of images.
+        TypeError: a text that is no string, or an image of another type.
+    """
+
+    text: str
+    images: tuple[ImageLike, ...] = ()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        where = self.name or "document"
+        if not isinstance(self.text, str):
+            raise TypeError(f"{where}: text must be a string, got {type(self.text).__name__}")
+        if not isinstance(self.images, tuple):
+            object.__setattr__(self, "images", tuple(self.images))
+        for image in self.images:
+            if not isinstance(image, (bytes, str, os.PathLike, PIL.Image.Image)):
+                raise TypeError(
+                    f"{where}: an image must be bytes, a path or a PIL image, "
+                    f"got {type(image).__name__}"
+                )
+        markers = self.text.count(IMAGE_MARKER)
+        if markers != len(self.images):
+            raise ValueError(
+                f"{where}: {markers} image marker(s) in the text "
+                f"but {len(self.images)} image(s) given"
+            )
+        if self.text.count(_IMAGE_PAD) != markers:
+            raise ValueError(
+                f"{where}: {_IMAGE_PAD} stands outside a complete image marker {IMAGE_MARKER}"
+            )
+
+    @property
+    def empty(self) -> bool:
+        """True when there is neither an image nor any text but white space."""
+        return not self.images and not self.text.strip()
+
+    @classmethod
+    def of(cls, item: Any, name: str = "") -> Document:
+        """Make a document from what a caller has at hand.
+
+        Args:
+            item: a string (text), a PIL image, bytes or a path-like object (an image), a list or
+                tuple of these (interleaved, in order), a mapping with ``text`` and/or ``image``
+                (the images stand first unless the text has its own markers), or a document
+                (returned as it is).
+            name: where it came from, for error messages.
+
+        Raises:
+            TypeError: another type.
+        """
+        if isinstance(item, Document):
+            return item
+        if isinstance(item, str):
+            return cls(item, (), name)
+        if isinstance(item, (bytes, os.PathLike, PIL.Image.Image)):
+            return cls(IMAGE_MARKER, (item,), name)
+        if isinstance(item, (list, tuple)):
+            parts = [cls.of(part, name) for part in item]
+            images = tuple(image for part in parts for image in part.images)
+            return cls("".join(part.text for part in parts), images, name)
+        if isinstance(item, Mapping):
+            return _document_of_mapping(item, name)
+        raise TypeError(
+            f"{name or 'document'}: expected text, an image, a list of these or a mapping with "
+            f"'text' and 'image', got {type(item).__name__}"
+        )
+
+    def key(self) -> bytes:
+        """16 bytes, equal for equal text and equal images (by content, or by path)."""
+        digest = hashlib.blake2b(self.text.encode("utf-8", "surrogatepass"), digest_size=16)
+        for image in self.images:
+            digest.update(b"\0image\0")
+            digest.update(_image_identity(image))
+        return digest.digest()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query, the document it should find, and documents it should not.
+
+    Args:
+        query: the query.
+        positive: the document that answers it.
+        negatives: hard negatives of this query only.
+        task: batches are made of one task.
+        name: where the pair came from, for error messages.
+    """
+
+    query: Document
+    positive: Document
+    negatives: tuple[Document, ...] = ()
+    task: str = ""
+    name: str = ""
+
+
+def document_from_record(
+    record: Mapping[str, Any], *, root: str | os.PathLike | None = None, name: str = ""
+) -> Document:
+    """Read an interleaved record: ``{"text": str, "images": [bytes | {"bytes", "path"} | path]}``.
+
+    Args:
+        record: the record; ``images`` may be left out when the text has no marker.
+        root: folder against which relative image paths are taken.
+        name: where the record came from, for error messages.
+
+    Raises:
+        ValueError: a missing field, or markers and images that differ in number.
+        TypeError: a field of another type.
+    """
+    where = name or "record"
+    text = _text_field(record, "text", where)
+    images = tuple(
+        _image(value, root, f"{where}: images[{i}]")
+        for i, value in enumerate(_list_field(record, "images", where))
+    )
+    return Document(_with_markers(text, bool(images)), images, name)
+
+
+def pair_from_record(
+    record: Mapping[str, Any],
+    *,
+    root: str | os.PathLike | None = None,
+    task: str = "",
+    name: str = "",
+) -> Pair:
+    """Read a contrastive record.
+
+    Its fields are ``qry``, ``qry_image_path``, ``pos_text``, ``pos_image_path``, ``neg_text`` and
+    ``neg_image_path``.
+
+    An image path may be missing, null or empty (no image), a path, encoded bytes, ``{"bytes",
+    "path"}`` or a list of these. A side with an image but no marker gets the image first. The
+    ``neg_*`` fields are lists; a string that holds a JSON list is parsed as JSON, another string is
+    one negative, and nothing is ever evaluated.
+
+    Raises:
+        ValueError: a missing field, an empty query or positive, markers and images that differ in
+            number, negatives written as a Python list, or ``neg_text`` and ``neg_image_path`` of
+            different lengths.
+        TypeError: a field of another type.
+    """
+    where = name or "record"
+    query = _side(record, "qry", "qry_image_path", root, where)
+    positive = _side(record, "pos_text", "pos_image_path", root, where)
+    texts = _list_field(record, "neg_text", where)
+    paths = _list_field(record, "neg_image_path", where)
+    if texts and paths and len(texts) != len(paths):
+        raise ValueError(
+            f"{where}: neg_text has {len(texts)} entries but neg_image_path has {len(paths)}"
+        )
+    negatives = []
+    for i in range(max(len(texts), len(paths))):
+        text = texts[i] if texts else ""
+        negative = _assemble(text, paths[i] if paths else None, root, f"{where}: negative {i}")
+        if not negative.empty:
+            negatives.append(negative)
+    return Pair(query, positive, tuple(negatives), task, name)
+
+
+def _side(record: Mapping, text_key: str, image_key: str, root: Any, where: str) -> Document:
+    """One side of a pair; its text may be empty when it has an image."""
+    image = record.get(image_key)
+    text = _text_field(record, text_key, where) if _missing(image) else record.get(text_key, "")
+    document = _assemble(text, image, root, f"{where}: {text_key}")
+    if document.empty:
+        raise ValueError(f"{where}: {text_key} is empty and {image_key} gives no image")
+    return document
+
+
+def _assemble(text: Any, image: Any, root: Any, where: str) -> Document:
+    """Text and its image(s); the images go first when the text has no marker."""
+    text = "" if text is None else text
+    if not isinstance(text, str):
+        raise TypeError(f"{where}: expected a string, got {type(text).__name__}")
+    values = [] if _missing(image) else image if isinstance(image, (list, tuple)) else [image]
+    images = tuple(_image(value, root, where) for value in values if not _missing(value))
+    text = _with_markers(text, bool(images))
+    if images and IMAGE_MARKER not in text:
+        text = IMAGE_MARKER * len(images) + text
+    return Document(text, images, where)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, bytes, list, tuple)) and len(value) == 0)
+
+
+def _with_markers(text: str, has_images: bool) -> str:
+    """Turn the other published markers into ours; ``<image>`` only where there are images."""
+    text = _NUMBERED_MARKER.sub(IMAGE_MARKER, text)
+    return text.replace(_PLAIN_MARKER, IMAGE_MARKER) if has_images else text
+
+
+def _text_field(record: Mapping, key: str, where: str) -> str:
+    if key not in record:
+        raise ValueError(f"{where}: field '{key}' is missing; found {sorted(map(str, record))}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{where}: field '{key}' must be a string, got {type(value).__name__}")
+    return value
+
+
+def _list_field(record: Mapping, key: str, where: str) -> list:
+    """A list field; a string is a JSON list or, if it does not look like a list, one entry."""
+    value = record.get(key)
+    if _missing(value):
+        return []
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, str):
+        return _parse_list(value, key, where)
+    if isinstance(value, (bytes, Mapping, PIL.Image.Image)) and key != "neg_text":
+        return [value]
+    raise TypeError(f"{where}: field '{key}' must be a list, got {type(value).__name__}")
+
+
+def _parse_list(value: str, key: str, where: str) -> list:
+    stripped = value.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]")):
+        return [value]
+    try:
+        parsed = json.loads(stripped)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: field '{key}' is a string that looks like a list but is no JSON list "
+            f"({error}); it is never evaluated: store a real list or JSON. "
+            f"It starts with {stripped[:60]!r}"
+        ) from None
+    return parsed
+
+
+def _image(value: Any, root: Any, where: str) -> ImageLike:
+    """An image of a record: bytes, ``{"bytes", "path"}``, a path (below root) or a PIL image."""
+    if isinstance(value, Mapping):
+        if value.get("bytes"):
+            return bytes(value["bytes"])
+        value = value.get("path")
+        if not value:
+            raise ValueError(f"{where}: an image mapping needs 'bytes' or 'path'; both are empty")
+    if isinstance(value, (bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, (bytes, PIL.Image.Image)):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return value if root is None else Path(root) / value
+    raise TypeError(
+        f"{where}: an image must be bytes, a path or a PIL image, got {type(value).__name__}"
+    )
+
+
+def _image_identity(image: ImageLike) -> bytes:
+    if isinstance(image, bytes):
+        return hashlib.blake2b(image, digest_size=16).digest()
+    if isinstance(image, PIL.Image.Image):
+        content = f"{image.mode}{image.size}".encode() + image.tobytes()
+        return hashlib.blake2b(content, digest_size=16).digest()
+    return os.fsencode(image)
+
+
+def _document_of_mapping(item: Mapping, name: str) -> Document:
+    unknown = set(item) - {"text", "image"}
+    if unknown or not item:
+        raise TypeError(
+            f"{name or 'document'}: a mapping needs 'text' and/or 'image' and nothing else, "
+            f"got {sorted(map(str, item))}"
+        )
+    text, image = item.get("text") or "", item.get("image")
+    given = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
+    # A string under "image" is a path: nothing else could be meant.
+    images = tuple(Path(value) if isinstance(value, str) else value for value in given)
+    if images and IMAGE_MARKER not in text:
+        text = IMAGE_MARKER * len(images) + text
+    return Document(text, images, name)
