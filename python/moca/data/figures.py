@@ -40,6 +40,7 @@ _CONTAINERS = words(
     "figure informalfigure mediaobject imageblock image-block thumb wp-caption screenshot"
 )
 _CAPTIONS = words("caption figcaption thumbcaption wp-caption-text figure-caption image-caption")
+_PHRASES = words("a abbr b code em i kbd small span strong sub sup tt u")
 _IMAGE_LINK = re.compile(r"\.(png|jpe?g|gif|webp|bmp|tiff?)([?#].*)?$", re.IGNORECASE)
 _FIGURE_NUMBER = re.compile(
     r"(?:figure|fig\.?|image|illustration|screenshot|abbildung)\s*(?:[A-Z][.-]?)?\d+(?:[.-]\d+)*(?:\s*[.:)\u2013\u2014]+\s*|\s+-\s+|\s+|$)",
@@ -226,14 +227,22 @@ def inner_text(element: lxml.html.HtmlElement) -> str:
 
 
 def _is_inline(img: lxml.html.HtmlElement) -> bool:
-    """Whether there is text beside the image in its own line or paragraph."""
-    for up in img.iterancestors():
-        if up.tag in ("p", "li", "td", "dt", "dd", "div", "th", "body"):
-            return any(
-                text.strip()
-                for text in up.xpath("text()|span//text()|strong//text()|em//text()|a//text()")
-            )
+    """Whether there is text right beside the image, in its own line."""
+    element = img
+    while (parent := element.getparent()) is not None:
+        before, after = element.getprevious(), element.getnext()
+        texts = [parent.text if before is None else before.tail, element.tail]
+        texts += [inner_text(near) for near in (before, after) if _is_phrase(near)]
+        if any(text and text.strip() for text in texts):
+            return True
+        if not _is_phrase(parent):
+            return False
+        element = parent
     return False
+
+
+def _is_phrase(element: lxml.html.HtmlElement | None) -> bool:
+    return element is not None and element.tag in _PHRASES
 
 
 def find_caption(img: lxml.html.HtmlElement, containers: list) -> str:

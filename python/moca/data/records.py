@@ -282,7 +282,8 @@ def _image(value: Any, root: Any, where: str) -> ImageLike:
     if isinstance(value, (bytes, PIL.Image.Image)):
         return value
     if isinstance(value, (str, os.PathLike)):
-        return value if root is None else Path(root) / value
+        remote = str(value).startswith(("http://", "https://"))
+        return value if root is None or remote else Path(root) / value
     raise TypeError(
         f"{where}: an image must be bytes, a path or a PIL image, got {type(value).__name__}"
     )
