@@ -1,0 +1,257 @@
+"""Documents become token ids and patches; long ones are cut between words, never inside an image.
+
+L tokens of a document, N patches, P values a patch, I images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moca.data.images import ImageSettings, decode, patchify, resize, target_size
+from moca.data.records import Document, ImageLike
+
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+
+@dataclass
+class Encoded:
+    """One document, ready to be packed.
+
+    Args:
+        input_ids: (L,) int64; an image of grid (1, gh, gw) is ``<|vision_start|>``, then
+            ``gh * gw / merge_size**2`` times ``<|image_pad|>``, then ``<|vision_end|>``.
+        patches: (N, P) float32, the patches of all its images in order.
+        grids: (I, 3) int64, (1, gh, gw) of each image in patches.
+        name: where the document came from, for error messages.
+    """
+
+    input_ids: np.ndarray
+    patches: np.ndarray
+    grids: np.ndarray
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class Encoder:
+    """Turns documents into `Encoded`.
+
+    Args:
+        tokenizer: a fast transformers tokenizer that has the three vision tokens of Qwen-VL.
+        image_settings: how images become patches.
+        max_length: most tokens of an encoded document; None for no limit.
+
+    Attributes:
+        counts: how many "documents truncated" and "images dropped" there were so far.
+
+    Raises:
+        ValueError: the tokenizer lacks a vision token, or max_length is not positive.
+    """
+
+    def __init__(
+        self, tokenizer: Any, image_settings: ImageSettings, max_length: int | None = None
+    ) -> None:
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be positive, got {max_length}")
+        self.tokenizer = tokenizer
+        self.settings = image_settings
+        self.max_length = max_length
+        self.merge_size = image_settings.merge_size
+        self.counts: Counter[str] = Counter()
+        self.vision_start_id = self._special(VISION_START)
+        self.image_token_id = self._special(IMAGE_PAD)
+        self.vision_end_id = self._special(VISION_END)
+
+    def __call__(self, document: Document, truncate: bool = True) -> Encoded:
+        """Encode one document.
+
+        With ``truncate`` it is cut to ``max_length``: text at a token, while an image that does not
+        fit is left out whole (and counted) and the text after it is still used. Without, it comes
+        back whole, whatever its length.
+
+        Raises:
+            ValueError: an empty document, an unreadable image, or images that leave nothing within
+                max_length; names the record.
+        """
+        if not truncate or self.max_length is None:
+            parts = [self._part(segment) for segment in self._segments(document)]
+        else:
+            parts = self._truncated(document, self.max_length)
+        return self._join(parts, document)
+
+    def split(self, document: Document, budget: int) -> list[Encoded]:
+        """Encode a document as one or more, each of at most ``budget`` tokens.
+
+        Cuts stand between words, or next to an image; only a single word longer than the budget is
+        cut inside. Put together again, the parts are the whole document.
+
+        Raises:
+            ValueError: an empty document, an unreadable image, or an image larger than the budget.
+        """
+        if budget < 1:
+            raise ValueError(f"budget must be positive, got {budget}")
+        done: list[list[_Part]] = []
+        parts: list[_Part] = []
+        room = budget
+
+        def flush() -> None:
+            nonlocal parts, room
+            done.append(parts)
+            parts, room = [], budget
+
+        for segment in self._segments(document):
+            if isinstance(segment, _Image):
+                part = self._part(segment)
+                if len(part.ids) > budget:
+                    raise ValueError(
+                        f"{document.name or 'document'}: an image of {len(part.ids)} tokens does "
+                        f"not fit into the budget of {budget} tokens"
+                    )
+                if len(part.ids) > room:
+                    flush()
+                parts.append(part)
+                room -= len(part.ids)
+                continue
+            rest = segment
+            while len(rest.ids) > room:
+                cut = rest.last_cut(room)
+                if cut == 0 and parts:
+                    flush()
+                    continue
+                cut = cut or room
+                parts.append(_Part(rest.ids[:cut]))
+                rest = _Text(rest.ids[cut:], rest.starts[cut:])
+                flush()
+            if len(rest.ids):
+                parts.append(_Part(rest.ids))
+                room -= len(rest.ids)
+        if parts:
+            done.append(parts)
+        return [self._join(parts, document) for parts in done]
+
+    def _special(self, token: str) -> int:
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        if index is None or index == self.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no token {token}; a Qwen-VL tokenizer is needed")
+        return index
+
+    def _segments(self, document: Document) -> Iterator[_Text | _Image]:
+        """The document's runs of text and its images, in order."""
+        where = document.name or "document"
+        if document.empty:
+            raise ValueError(f"{where}: the document is empty")
+        encoding = self.tokenizer(document.text, add_special_tokens=False)
+        ids = np.asarray(encoding["input_ids"], np.int64)
+        pads = np.flatnonzero(ids == self.image_token_id)
+        whole = len(pads) == len(document.images) and all(
+            0 < pad < len(ids) - 1
+            and ids[pad - 1] == self.vision_start_id
+            and ids[pad + 1] == self.vision_end_id
+            for pad in pads
+        )
+        if not whole:
+            raise ValueError(
+                f"{where}: the tokenizer does not keep the image marker whole: {len(pads)} "
+                f"{IMAGE_PAD} tokens for {len(document.images)} image(s)"
+            )
+        words = np.asarray([-1 if word is None else word for word in encoding.word_ids()])
+        starts = np.ones(len(ids), bool)
+        starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
+        begin = 0
+        for i, pad in enumerate(pads):
+            if pad - 1 > begin:
+                yield _Text(ids[begin : pad - 1], starts[begin : pad - 1])
+            yield self._open(document.images[i], f"{where}: image {i}")
+            begin = pad + 2
+        if begin < len(ids):
+            yield _Text(ids[begin:], starts[begin:])
+
+    def _open(self, image: ImageLike, name: str) -> _Image:
+        opened = decode(image, name)
+        height, width = target_size(opened.height, opened.width, self.settings, name)
+        tokens = height * width // self.settings.factor**2
+        return _Image(opened, tokens + 2, name)
+
+    def _part(self, segment: _Text | _Image) -> _Part:
+        if isinstance(segment, _Text):
+            return _Part(segment.ids)
+        resized = resize(segment.image, self.settings, segment.name)
+        patches, grid = patchify(np.asarray(resized), self.settings)
+        ids = np.full(segment.length, self.image_token_id, np.int64)
+        ids[0], ids[-1] = self.vision_start_id, self.vision_end_id
+        return _Part(ids, patches, grid)
+
+    def _truncated(self, document: Document, room: int) -> list[_Part]:
+        parts: list[_Part] = []
+        cut, too_large = False, 0
+        for segment in self._segments(document):
+            if isinstance(segment, _Image):
+                if segment.length > room:
+                    self.counts["images dropped"] += 1
+                    cut, too_large = True, max(too_large, segment.length)
+                    continue
+            elif len(segment.ids) > room:
+                cut = True
+                segment = _Text(segment.ids[:room], segment.starts[:room])
+                if not room:
+                    continue
+            parts.append(self._part(segment))
+            room -= len(parts[-1].ids)
+        self.counts["documents truncated"] += cut
+        if not parts:
+            raise ValueError(
+                f"{document.name or 'document'}: an image of {too_large} tokens does not fit into "
+                f"max_length {self.max_length}, and there is no text beside it"
+            )
+        return parts
+
+    def _join(self, parts: list[_Part], document: Document) -> Encoded:
+        if not sum(len(part.ids) for part in parts):
+            raise ValueError(f"{document.name or 'document'}: the document has no tokens")
+        images = [part for part in parts if part.patches is not None]
+        patches = [part.patches for part in images]
+        return Encoded(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate(patches)
+            if patches
+            else np.zeros((0, self.settings.patch_dim), np.float32),
+            np.asarray([part.grid for part in images], np.int64).reshape(-1, 3),
+            document.name,
+        )
+
+
+@dataclass
+class _Text:
+    """A run of text: token ids, and at which of them a word starts."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+    def last_cut(self, room: int) -> int:
+        """The last place up to ``room`` where a word starts; 0 when there is no other."""
+        places = np.flatnonzero(self.starts[: room + 1])
+        return int(places[-1]) if len(places) else 0
+
+
+@dataclass
+class _Image:
+    """A decoded image and the tokens it takes, its two brackets included."""
+
+    image: Any
+    length: int
+    name: str
+
+
+@dataclass
+class _Part:
+    """Tokens, and the patches behind them when they are an image."""
+
+    ids: np.ndarray
+    patches: np.ndarray | None = None
+    grid: tuple[int, int, int] | None = None

@@ -1,0 +1,199 @@
+"""Packing: documents one after another on a single axis of tokens, without any padding.
+
+B documents, T packed tokens, N patches, P values a patch, I images, L tokens of one document.
+Positions are the multimodal rotary ones of Qwen2-VL (arXiv 2409.12191): text advances time, height
+and width together; an image spreads over height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from moca.data.encode import Encoded
+
+# What an image token costs in text tokens: behind it stand the patches of the vision tower
+# (arXiv 2506.23115, released code).
+IMAGE_TOKEN_COST = 4
+# Documents that are sorted by cost together before they are put into batches.
+BUCKET = 1024
+
+
+@dataclass
+class PackedBatch:
+    """Documents on one axis of tokens.
+
+    Args:
+        input_ids: (T,) int64.
+        position_ids: (4, T) int64: a text row that restarts with each document, then time, height
+            and width.
+        cu_seqlens: (B + 1,) int32, where documents begin, and T.
+        max_length: tokens of the longest document.
+        pixel_values: (N, P) float32, the patches of all documents in order.
+        image_grid_thw: (I, 3) int64, each image's (1, gh, gw) in patches.
+        mm_token_type_ids: (T,) int32, 1 on image tokens and 0 elsewhere.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_length: int
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    mm_token_type_ids: torch.Tensor
+
+    def __len__(self) -> int:
+        """B, the number of documents."""
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory, from where it moves to a GPU in the background."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> PackedBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{key: function(value) for key, value in tensors.items()})
+
+
+def mrope_positions(
+    input_ids: np.ndarray, grids: np.ndarray, merge_size: int, image_token_id: int
+) -> np.ndarray:
+    """Rotary positions of one document: time, height, width.
+
+    Args:
+        input_ids: (L,) int64.
+        grids: (I, 3) int64, in patches.
+        merge_size: patches along each side of one image token.
+        image_token_id: the token that stands for a piece of an image.
+
+    Returns:
+        (3, L) int64.
+
+    Raises:
+        ValueError: runs of image tokens that do not match the grids.
+    """
+    is_image = np.asarray(input_ids) == image_token_id
+    edges = np.flatnonzero(np.diff(is_image, prepend=False, append=False))
+    starts, ends = edges[::2], edges[1::2]
+    sizes = np.asarray(grids, np.int64).reshape(-1, 3) // (1, merge_size, merge_size)
+    if len(starts) != len(sizes) or (sizes.prod(axis=1) != ends - starts).any():
+        raise ValueError(
+            f"runs of image tokens of lengths {(ends - starts).tolist()} do not match grids of "
+            f"{sizes.prod(axis=1).tolist()} tokens"
+        )
+    positions = np.empty((3, len(is_image)), np.int64)
+    token, position = 0, 0
+    for start, end, size in zip(starts, ends, sizes, strict=True):
+        positions[:, token:start] = np.arange(position, position + start - token)
+        position += start - token
+        positions[:, start:end] = np.indices(size).reshape(3, -1) + position
+        position += int(size[1:].max())
+        token = end
+    positions[:, token:] = np.arange(position, position + len(is_image) - token)
+    return positions
+
+
+def pack(encoded: Sequence[Encoded], merge_size: int, image_token_id: int) -> PackedBatch:
+    """Put documents one after another.
+
+    Args:
+        encoded: the documents, at least one.
+        merge_size: patches along each side of one image token.
+        image_token_id: the token that stands for a piece of an image.
+
+    Raises:
+        ValueError: nothing to pack, or image tokens that do not match the grids or patches.
+    """
+    if not encoded:
+        raise ValueError("expected at least one document to pack, got none")
+    positions = []
+    for i, document in enumerate(encoded):
+        where = document.name or f"document {i}"
+        patches = int(document.grids.prod(axis=1).sum())
+        if patches != len(document.patches):
+            raise ValueError(
+                f"{where}: grids of {patches} patches, but {len(document.patches)} are given"
+            )
+        try:
+            rope = mrope_positions(document.input_ids, document.grids, merge_size, image_token_id)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        positions.append(np.concatenate([np.arange(len(document))[None], rope]))
+    lengths = [len(document) for document in encoded]
+    input_ids = np.concatenate([document.input_ids for document in encoded])
+    grids = np.concatenate([document.grids for document in encoded])
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(np.concatenate(positions, axis=1)),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
+        max_length=max(lengths),
+        pixel_values=torch.from_numpy(np.concatenate([doc.patches for doc in encoded])),
+        image_grid_thw=torch.from_numpy(grids),
+        mm_token_type_ids=torch.from_numpy((input_ids == image_token_id).astype(np.int32)),
+    )
+
+
+def document_cost(encoded: Encoded, merge_size: int) -> int:
+    """The cost of a document in text tokens: one each, and `IMAGE_TOKEN_COST` an image token."""
+    image_tokens = len(encoded.patches) // merge_size**2
+    return len(encoded) + (IMAGE_TOKEN_COST - 1) * image_tokens
+
+
+def batches_by_cost(
+    lengths: Sequence[int],
+    budget: int,
+    *,
+    seed: int | None = None,
+    bucket: int = BUCKET,
+    max_documents: int | None = None,
+) -> list[list[int]]:
+    """Group documents into batches whose costs sum to at most a budget.
+
+    Documents are shuffled (with a seed), sorted by cost within buckets, so that a batch holds
+    documents of similar cost, and taken greedily; then the batches are shuffled.
+
+    Args:
+        lengths: each document's cost, in tokens or as `document_cost`.
+        budget: most cost of a batch.
+        seed: of the shuffling; None keeps the order of the buckets and of the batches.
+        bucket: documents sorted together.
+        max_documents: most documents of a batch; None for no limit.
+
+    Returns:
+        Indices, every document once.
+
+    Raises:
+        ValueError: a document above the budget.
+    """
+    costs = np.asarray(lengths, np.int64).reshape(-1)
+    if len(costs) and costs.max() > budget:
+        worst = int(costs.argmax())
+        raise ValueError(
+            f"document {worst} costs {costs[worst]}, above the budget of {budget}: split it first"
+        )
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(costs)) if seed is not None else np.arange(len(costs))
+    batches: list[list[int]] = []
+    for begin in range(0, len(order), bucket):
+        part = order[begin : begin + bucket]
+        batch: list[int] = []
+        room = budget
+        for index in part[np.argsort(-costs[part], kind="stable")].tolist():
+            if batch and (costs[index] > room or len(batch) == max_documents):
+                batches.append(batch)
+                batch, room = [], budget
+            batch.append(index)
+            room -= int(costs[index])
+        if batch:
+            batches.append(batch)
+    if seed is not None:
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    return batches

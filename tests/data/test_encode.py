@@ -1,0 +1,142 @@
+"""Encoding: markers become image tokens; cuts fall between words and never inside an image."""
+
+import numpy as np
+import pytest
+from moca.data.encode import Encoder
+from moca.data.images import load_patches
+from moca.data.records import IMAGE_MARKER, Document
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+WORDS = "the quick brown fox jumps over the lazy dog "
+
+
+@pytest.fixture
+def encoder(tokenizer, settings):
+    return Encoder(tokenizer, settings)
+
+
+def mixed(picture, *, text=WORDS):
+    text = f"{text}{IMAGE_MARKER}{text}{IMAGE_MARKER}{IMAGE_MARKER}{text}"
+    images = (picture(16, 24), picture(40, 16, 1), picture(8, 8, 2))
+    return Document(text, images, "row 1")
+
+
+def runs_of_images(encoder, encoded):
+    """Checks that every image is whole and bracketed; returns their token counts."""
+    ids = encoded.input_ids.tolist()
+    counts = (encoded.grids.prod(axis=1) // encoder.merge_size**2).tolist()
+    starts = [i for i, token in enumerate(ids) if token == encoder.vision_start_id]
+    assert len(starts) == len(counts) == ids.count(encoder.vision_end_id)
+    for start, count in zip(starts, counts, strict=True):
+        assert ids[start + 1 : start + 1 + count] == [encoder.image_token_id] * count
+        assert ids[start + 1 + count] == encoder.vision_end_id
+    assert ids.count(encoder.image_token_id) == sum(counts)
+    assert len(encoded.patches) == encoded.grids.prod(axis=1).sum()
+    return counts
+
+
+def test_markers_become_image_tokens(encoder, picture, tokenizer):
+    document = mixed(picture)
+    encoded = encoder(document)
+    assert runs_of_images(encoder, encoded) == [6, 10, 1]
+    assert encoded.input_ids.dtype == np.int64 and encoded.patches.dtype == np.float32
+    expanded = document.text
+    for count in (6, 10, 1):
+        expanded = expanded.replace("<|image_pad|>", "<#>" * count, 1)
+    expected = tokenizer(expanded.replace("<#>", "<|image_pad|>"), add_special_tokens=False)
+    assert encoded.input_ids.tolist() == expected["input_ids"]
+    patches = [load_patches(image, encoder.settings) for image in document.images]
+    np.testing.assert_array_equal(encoded.patches, np.concatenate([p for p, _ in patches]))
+    assert encoded.grids.tolist() == [list(grid) for _, grid in patches]
+
+
+def test_text_only(encoder, tokenizer):
+    encoded = encoder(Document(WORDS))
+    assert encoded.input_ids.tolist() == tokenizer(WORDS)["input_ids"]
+    assert encoded.patches.shape == (0, encoder.settings.patch_dim)
+    assert encoded.grids.shape == (0, 3) and len(encoded) == len(encoded.input_ids)
+
+
+@pytest.mark.parametrize("length", range(1, 70, 3))
+def test_truncation_never_cuts_an_image(tokenizer, settings, picture, length):
+    encoder = Encoder(tokenizer, settings, length)
+    document = mixed(picture)
+    whole = Encoder(tokenizer, settings)(document)
+    encoded = encoder(document)
+    assert 0 < len(encoded) <= length
+    kept = runs_of_images(encoder, encoded)
+    assert encoder.counts["images dropped"] == 3 - len(kept)
+    assert encoder.counts["documents truncated"] == (len(whole) > length)
+    assert len(encoder(document, truncate=False)) == len(whole)
+
+
+def test_text_after_an_image_that_does_not_fit_is_used(tokenizer, settings, picture):
+    encoder = Encoder(tokenizer, settings, 10)
+    encoded = encoder(Document(f"{IMAGE_MARKER}{WORDS}", (picture(40, 40),)))
+    assert encoded.input_ids.tolist() == tokenizer(WORDS)["input_ids"][:10]
+    assert encoder.counts == {"images dropped": 1, "documents truncated": 1}
+
+
+def test_an_image_alone_that_does_not_fit_is_an_error(tokenizer, settings, picture):
+    encoder = Encoder(tokenizer, settings, 10)
+    document = Document(IMAGE_MARKER, (picture(40, 40),), "row 3")
+    with pytest.raises(ValueError, match=r"row 3.*27 tokens.*max_length 10"):
+        encoder(document)
+
+
+@pytest.mark.parametrize("budget", [12, 13, 17, 20, 33, 64, 500])
+def test_split_keeps_everything_and_cuts_between_words(encoder, picture, tokenizer, budget):
+    document = mixed(picture, text=WORDS * 3)
+    whole, parts = encoder(document), encoder.split(document, budget)
+    assert all(0 < len(part) <= budget for part in parts)
+    ids = np.concatenate([part.input_ids for part in parts])
+    np.testing.assert_array_equal(ids, whole.input_ids)
+    np.testing.assert_array_equal(np.concatenate([p.patches for p in parts]), whole.patches)
+    np.testing.assert_array_equal(np.concatenate([p.grids for p in parts]), whole.grids)
+    assert sum(len(runs_of_images(encoder, part)) for part in parts) == 3
+    for part in parts[:-1]:
+        words = tokenizer.decode(part.input_ids[part.input_ids > 3]).split()
+        assert set(words) <= set(WORDS.split())
+    assert (len(parts) == 1) == (len(whole) <= budget)
+
+
+def test_split_cuts_a_word_only_when_it_must(encoder):
+    parts = encoder.split(Document("the " + "x" * 30 + " dog"), 8)
+    assert all(len(part) <= 8 for part in parts)
+    assert encoder.tokenizer.decode(parts[0].input_ids) == "the"
+
+
+def test_split_refuses_an_image_above_the_budget(encoder, picture):
+    document = Document(f"a{IMAGE_MARKER}", (picture(40, 40),), "row 3")
+    with pytest.raises(ValueError, match=r"row 3.*27 tokens.*budget of 26"):
+        encoder.split(document, 26)
+    assert len(encoder.split(document, 27)) == 2
+    with pytest.raises(ValueError, match="positive"):
+        encoder.split(document, 0)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_empty_documents_are_refused(encoder, text):
+    with pytest.raises(ValueError, match="row 2: the document is empty"):
+        encoder(Document(text, (), "row 2"))
+    with pytest.raises(ValueError, match="row 2: the document is empty"):
+        encoder.split(Document(text, (), "row 2"), 10)
+
+
+def test_a_bad_image_names_the_record(encoder, picture):
+    images = (picture(), picture()[:-200])
+    document = Document(IMAGE_MARKER * 2, images, "file.jsonl line 7")
+    with pytest.raises(ValueError, match=r"file\.jsonl line 7: image 1: cannot read image"):
+        encoder(document)
+    thin = Document(IMAGE_MARKER, (picture(1, 5000),), "row 8")
+    with pytest.raises(ValueError, match="row 8: image 0: the aspect ratio"):
+        encoder(thin)
+
+
+def test_a_tokenizer_without_vision_tokens_is_refused(settings):
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    with pytest.raises(ValueError, match=r"no token <\|vision_start\|>"):
+        Encoder(bare, settings)
+    with pytest.raises(ValueError, match="max_length"):
+        Encoder(bare, settings, 0)

@@ -1,0 +1,165 @@
+"""Records of the two published schemas become documents and pairs, or a clear error."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from moca.data.records import IMAGE_MARKER, Document, Pair, document_from_record, pair_from_record
+
+
+def test_marker_and_image_counts_must_agree():
+    with pytest.raises(ValueError, match=r"row 4: 3 image marker\(s\) .* 2 image\(s\)"):
+        Document(IMAGE_MARKER * 3, (b"a", b"b"), "row 4")
+    with pytest.raises(ValueError, match="row 4: 3 image"):
+        document_from_record({"text": IMAGE_MARKER * 3, "images": [b"a", b"b"]}, name="row 4")
+    with pytest.raises(ValueError, match="row 4: 0 image"):
+        document_from_record({"text": "no marker", "images": [b"a"]}, name="row 4")
+    with pytest.raises(ValueError, match="outside a complete image marker"):
+        Document("a <|image_pad|> b", (), "row 4")
+
+
+@pytest.mark.parametrize(("text", "images"), [(3, ()), ("a" + IMAGE_MARKER, (3,)), (None, ())])
+def test_document_types(text, images):
+    with pytest.raises(TypeError, match="row 1"):
+        Document(text, images, "row 1")
+
+
+def test_document_of():
+    image, path = PIL.Image.new("RGB", (4, 4)), Path("a.png")
+    document = Document("x")
+    assert Document.of(document) is document
+    assert Document.of("text") == Document("text")
+    assert Document.of(image) == Document(IMAGE_MARKER, (image,))
+    assert Document.of(path) == Document(IMAGE_MARKER, (path,))
+    assert Document.of(b"png") == Document(IMAGE_MARKER, (b"png",))
+    mixed = Document.of(["a ", image, " b ", (path, "c")])
+    assert mixed == Document(f"a {IMAGE_MARKER} b {IMAGE_MARKER}c", (image, path))
+    assert Document.of({"text": "t", "image": "a.png"}) == Document(IMAGE_MARKER + "t", (path,))
+    placed = Document.of({"text": f"t {IMAGE_MARKER}", "image": [b"x"]})
+    assert placed == Document(f"t {IMAGE_MARKER}", (b"x",))
+    assert Document.of({"text": "t"}) == Document("t")
+    for wrong in (3, None, {"text": "t", "video": "v"}, {}, ["a", 3]):
+        with pytest.raises(TypeError, match="row 2"):
+            Document.of(wrong, "row 2")
+
+
+def test_empty():
+    assert Document(" \n").empty and not Document("a").empty
+    assert not Document(IMAGE_MARKER, (b"x",)).empty
+
+
+def test_keys_tell_documents_apart():
+    image = PIL.Image.new("RGB", (4, 4))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    documents = [
+        *(Document("a"), Document("b"), Document(IMAGE_MARKER, (b"x",)), Document.of(image)),
+        *(Document(IMAGE_MARKER, (b"y",)), Document.of(Path("a.png")), Document.of(Path("b.png"))),
+    ]
+    assert len({document.key() for document in documents}) == len(documents)
+    assert Document.of(image.copy()).key() == Document.of(image).key()
+    assert Document("a", name="here").key() == Document("a", name="there").key()
+
+
+def test_interleaved_record(tmp_path):
+    record = {
+        "text": "a <|image_1|> b <image>" + IMAGE_MARKER,
+        "images": [b"raw", {"bytes": b"raw2", "path": None}, "sub/c.png"],
+    }
+    document = document_from_record(record, root=tmp_path, name="row 1")
+    assert document.text == f"a {IMAGE_MARKER} b {IMAGE_MARKER}{IMAGE_MARKER}"
+    assert document.images == (b"raw", b"raw2", tmp_path / "sub/c.png")
+    assert document_from_record({"text": "plain <image>"}).text == "plain <image>"
+    assert document_from_record({"text": "plain", "images": None}).images == ()
+    array = np.array([b"one"], object)
+    assert document_from_record({"text": "<image>", "images": array}).images == (b"one",)
+
+
+@pytest.mark.parametrize(
+    ("record", "error", "message"),
+    [
+        ({"images": []}, ValueError, r"'text' is missing; found \['images'\]"),
+        ({"text": 3}, TypeError, "'text' must be a string, got int"),
+        ({"text": "<image>", "images": 3}, TypeError, "'images' must be a list, got int"),
+        ({"text": "<image>", "images": [3]}, TypeError, "got int"),
+        ({"text": "<image>", "images": [{"bytes": None}]}, ValueError, "both are empty"),
+    ],
+)
+def test_bad_interleaved_records(record, error, message):
+    with pytest.raises(error, match=f"row 9.*{message}"):
+        document_from_record(record, name="row 9")
+
+
+def test_pair_record(tmp_path):
+    record = {
+        "qry": "<|image_1|>\nRepresent the given image.",
+        "qry_image_path": "a.jpg",
+        "pos_text": "a boat",
+        "pos_image_path": "",
+        "neg_text": ["a car", "", "a dog"],
+        "neg_image_path": ["", "b.jpg", "c.jpg"],
+    }
+    pair = pair_from_record(record, root=tmp_path, task="caption", name="row 1")
+    assert isinstance(pair, Pair) and (pair.task, pair.name) == ("caption", "row 1")
+    assert pair.query.text == f"{IMAGE_MARKER}\nRepresent the given image."
+    assert pair.query.images == (tmp_path / "a.jpg",)
+    assert (pair.positive.text, pair.positive.images) == ("a boat", ())
+    assert [negative.text for negative in pair.negatives] == [
+        *("a car", IMAGE_MARKER, IMAGE_MARKER + "a dog")
+    ]
+
+
+def test_pair_without_marker_or_negatives():
+    pair = pair_from_record({"qry": "q", "pos_image_path": b"png", "neg_text": "", "extra": 1})
+    assert pair.positive == Document(IMAGE_MARKER, (b"png",), "record: pos_text")
+    assert pair.negatives == ()
+    several = pair_from_record({"qry": "q", "pos_text": "p", "pos_image_path": ["a", "b"]})
+    assert several.positive.text == IMAGE_MARKER * 2 + "p"
+
+
+def test_negatives_as_a_string():
+    def negatives(value):
+        pair = pair_from_record({"qry": "q", "pos_text": "p", "neg_text": value}, name="row 5")
+        return [negative.text for negative in pair.negatives]
+
+    assert negatives("one plain text") == ["one plain text"]
+    assert negatives('["a", "b"]') == ["a", "b"]
+    assert negatives("[]") == []
+
+
+@pytest.mark.parametrize(
+    "value", ["['a', 'b']", "[__import__('os').system('touch hacked')]", "[b'x']", "[1, 2,]"]
+)
+def test_python_lists_in_strings_are_refused(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = {"qry": "q", "pos_text": "p", "neg_text": value}
+    with pytest.raises(ValueError, match=r"row 5.*'neg_text'.*never evaluated"):
+        pair_from_record(record, name="row 5")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qry": None}, TypeError, "'qry' must be a string"),
+        ({"qry": ""}, ValueError, "qry is empty"),
+        ({"pos_text": " "}, ValueError, "pos_text is empty"),
+        ({"qry": "<|image_1|> what?"}, ValueError, r"1 image marker\(s\)"),
+        ({"qry": "<image> <image>", "qry_image_path": "a"}, ValueError, r"2 image marker\(s\)"),
+        ({"neg_text": ["a", "b"], "neg_image_path": ["x"]}, ValueError, "2 entries .* 1"),
+        ({"neg_text": [1]}, TypeError, "negative 0: expected a string, got int"),
+        ({"neg_text": {"a": 1}}, TypeError, "'neg_text' must be a list, got dict"),
+        ({"qry_image_path": 7}, TypeError, "got int"),
+    ],
+)
+def test_bad_pair_records(change, error, message):
+    record = {"qry": "q", "pos_text": "p"} | change
+    with pytest.raises(error, match=f"row 9.*{message}"):
+        pair_from_record(record, name="row 9")
+
+
+def test_missing_field_lists_those_found():
+    with pytest.raises(ValueError, match=r"'pos_text' is missing; found \['qry', 'query'\]"):
+        pair_from_record({"qry": "a", "query": "b"})
