@@ -1,4 +1,4 @@
-"""What every `cpu.py` shares: the compiled module, dtype codes and the refusals they have in common."""
+"""What every `cpu.py` shares: the compiled module, dtype codes and common refusals."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,93 @@
+"""attention on the native CPU kernels (csrc/attention/cpu.cpp)."""
+
+import torch
+from torch import Tensor
+
+from moca_fast import _C
+from moca_fast._native import DTYPES, unsupported_tensors
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return unsupported_tensors(q, k, v)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    _C.attention_forward(_params(q, k, v, out, lse, mask, softmax_scale))
+    return out, lse
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: list[Tensor],
+    softmax_scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # No sum here depends on the order in which threads finish, so `deterministic` changes nothing.
+    q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    # Becomes rowsum(out * d_out) - d_lse, all that the backward needs to know about `out`.
+    delta = d_lse.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    _C.attention_backward(
+        _params(q, k, v, out, lse, mask, softmax_scale),
+        d_out=d_out.data_ptr(),
+        delta=delta.data_ptr(),
+        d_q=d_q.data_ptr(),
+        d_k=d_k.data_ptr(),
+        d_v=d_v.data_ptr(),
+    )
+    return d_q, d_k, d_v
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The kernels take any strides of tokens and heads, but whole rows of D."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _params(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: list[Tensor],
+    softmax_scale: float,
+) -> "_C.AttentionParams":
+    return _C.AttentionParams(
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        out=out.data_ptr(),
+        lse=lse.data_ptr(),
+        q_strides=q.stride()[:2],
+        k_strides=k.stride()[:2],
+        v_strides=v.stride()[:2],
+        queries=_spans(*mask[:3]),
+        keys=_spans(*mask[3:]),
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        dim=q.shape[2],
+        softmax_scale=softmax_scale,
+        dtype=DTYPES[q.dtype],
+        threads=torch.get_num_threads(),
+    )
+
+
+def _spans(start: Tensor, end: Tensor, tiles: Tensor) -> "_C.Spans":
+    return _C.Spans(
+        start=start.data_ptr(),
+        end=end.data_ptr(),
+        tiles=tiles.data_ptr(),
+        size=start.shape[0],
+        max_tiles=tiles.shape[0],
+    )

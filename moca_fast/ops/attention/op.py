@@ -1,0 +1,157 @@
+"""Scaled dot-product attention over packed documents, without a T x K array (FlashAttention,
+arXiv 2205.14135), with one interval of keys for each query.
+
+T query tokens, K key tokens, H query heads, Hkv key-value heads, D dim of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from moca_fast import _dispatch
+from moca_fast._checks import FLOATS, check_tensor
+from moca_fast.span_mask import SpanMask
+
+OP = "attention"
+MIN_DIM, MAX_DIM, DIM_STEP = 16, 256, 8
+TILE_ROWS = 96  # rows of a query tile: sixteen register blocks of the CPU kernels
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of packed queries over packed keys and values.
+
+    out[i, h] = sum over j of softmax_j(scale * q[i, h] . k[j, g]) v[j, g], over the keys j that
+    the mask lets query i see, where g = h // (H / Hkv) is the key-value head of query head h.
+
+    Args:
+        q: (T, H, D) float32, bfloat16, float16 or float64 (the reference only); D is a multiple
+            of 8 from 16 to 256. Receives a gradient, as k and v do.
+        k, v: (K, Hkv, D), same dtype; Hkv divides H. K = T unless the mask says otherwise.
+        mask: the keys [start, end) each query sees, on the same device.
+        softmax_scale: factor on the scores; default D ** -0.5.
+        return_lse: also return the log-sum-exp of each row's scaled scores (differentiable).
+        deterministic: the backward repeats bit by bit. The forward always does.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        (T, H, D) in the dtype of q, and with `return_lse` (T, H) float32. A query that sees no
+        key gets output 0, lse -inf and gradient 0.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or a backend that cannot run the call.
+        TypeError: a wrong dtype, or a mask that is not a SpanMask.
+    """
+    q, k, v = inputs(q, k, v, mask)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    backend = _dispatch.requested(backend)
+    keys = mask.transposed()
+    spans = [mask.start, mask.end, mask.tiles(TILE_ROWS)]
+    spans += [keys.start, keys.end, keys.tiles(TILE_ROWS)]
+    out, lse = torch.ops.moca_fast.attention(q, k, v, spans, scale, deterministic, backend)
+    return (out, lse) if return_lse else out
+
+
+def inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The checked tensors that backends are asked about."""
+    if not isinstance(mask, SpanMask):
+        raise TypeError(f"moca_fast.{OP}: mask: expected a SpanMask, got {type(mask).__name__}")
+    check_tensor(OP, "q", q, shape=("T", "H", "D"), dtypes=FLOATS)
+    heads, dim = q.shape[1:]
+    if dim < MIN_DIM or dim > MAX_DIM or dim % DIM_STEP:
+        raise ValueError(
+            f"moca_fast.{OP}: q: expected D a multiple of {DIM_STEP} from {MIN_DIM} to {MAX_DIM}, "
+            f"got {dim}"
+        )
+    check_tensor(OP, "k", k, shape=("K", "Hkv", dim), dtypes=(q.dtype,), like=q)
+    check_tensor(OP, "v", v, shape=k.shape, dtypes=(q.dtype,), like=q)
+    if heads == 0 or k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(
+            f"moca_fast.{OP}: expected the {heads} heads of q to be a multiple of those of k, "
+            f"got {k.shape[1]}"
+        )
+    if mask.num_queries != q.shape[0] or mask.num_keys != k.shape[0]:
+        raise ValueError(
+            f"moca_fast.{OP}: mask: expected {q.shape[0]} queries and {k.shape[0]} keys, as q and "
+            f"k have, got {mask.num_queries} and {mask.num_keys}"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"moca_fast.{OP}: mask: expected device {q.device}, got {mask.device}")
+    return q, k, v
+
+
+@torch.library.custom_op("moca_fast::attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: list[Tensor],
+    softmax_scale: float,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernel = _dispatch.select(OP, backend, q, k, v)
+    return kernel.forward(q, k, v, mask, softmax_scale)
+
+
+@torch.library.custom_op("moca_fast::attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: list[Tensor],
+    softmax_scale: float,
+    deterministic: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _dispatch.select(OP, backend, q, k, v)
+    return kernel.backward(d_out, d_lse, q, k, v, out, lse, mask, softmax_scale, deterministic)
+
+
+@_forward.register_fake
+def _(q, k, v, mask, softmax_scale, deterministic, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(d_out, d_lse, q, k, v, out, lse, mask, softmax_scale, deterministic, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, mask, ctx.softmax_scale, ctx.deterministic, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, *mask)
+
+
+def _autograd(ctx, d_out, d_lse):
+    q, k, v, out, lse, *mask = ctx.saved_tensors
+    d_q, d_k, d_v = torch.ops.moca_fast.attention_backward(
+        d_out, d_lse, q, k, v, out, lse, mask, ctx.softmax_scale, ctx.deterministic, ctx.backend
+    )
+    needs = ctx.needs_input_grad
+    grads = [grad if need else None for grad, need in zip((d_q, d_k, d_v), needs, strict=False)]
+    return *grads, [None] * len(mask), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

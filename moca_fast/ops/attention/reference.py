@@ -1,0 +1,67 @@
+"""attention in eager torch: the specification. Holds all T x K scores."""
+
+import torch
+from torch import Tensor
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    return None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    queries, keys, values = _grouped(q, k), _wide(k), _wide(v)
+    scores = _scores(queries, keys, mask, softmax_scale)
+    lse = scores.logsumexp(dim=-1)
+    out = torch.einsum("hgij,jhd->ihgd", _probabilities(scores, lse), values)
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(0, 1).t().contiguous().float()
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: list[Tensor],
+    softmax_scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    queries, keys, values = _grouped(q, k), _wide(k), _wide(v)
+    scores = _scores(queries, keys, mask, softmax_scale)
+    probabilities = _probabilities(scores, scores.logsumexp(dim=-1))
+    d_outs = _grouped(d_out, k)
+    d_values = torch.einsum("hgij,ihgd->jhd", probabilities, d_outs)
+    d_probabilities = torch.einsum("ihgd,jhd->hgij", d_outs, values)
+    mean = (probabilities * d_probabilities).sum(dim=-1)
+    shift = mean - _grouped(d_lse.unsqueeze(-1), k).squeeze(-1).permute(1, 2, 0)
+    d_scores = probabilities * (d_probabilities - shift.unsqueeze(-1)) * softmax_scale
+    d_queries = torch.einsum("hgij,jhd->ihgd", d_scores, keys).flatten(1, 2)
+    d_keys = torch.einsum("hgij,ihgd->jhd", d_scores, queries)
+    return d_queries.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """(T, H, D) to (T, Hkv, H / Hkv, D): the query heads that share one key head."""
+    return _wide(x).unflatten(1, (k.shape[1], -1))
+
+
+def _scores(queries: Tensor, keys: Tensor, mask: list[Tensor], softmax_scale: float) -> Tensor:
+    start, end = mask[0].unsqueeze(1), mask[1].unsqueeze(1)
+    key = torch.arange(keys.shape[0], device=keys.device)
+    visible = (start <= key) & (key < end)
+    scores = torch.einsum("ihgd,jhd->hgij", queries, keys) * softmax_scale
+    return scores.masked_fill(~visible, float("-inf"))
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), and 0 where a row sees nothing."""
+    shift = lse.masked_fill(lse == float("-inf"), 0.0)
+    return (scores - shift.unsqueeze(-1)).exp()

@@ -1,0 +1,204 @@
+"""InfoNCE over gathered documents (arXiv 1807.03748), as MoCa's contrastive stage uses it
+(arXiv 2506.23115): in-batch negatives of all ranks, and hard negatives that only their own query
+sees. The B x M scores are made tile by tile and never held.
+
+B queries, M documents, K hard negatives a query, D dim.
+"""
+
+import torch
+from torch import Tensor
+
+from moca_fast import _dispatch
+from moca_fast._checks import FLOATS, check_tensor
+
+OP = "info_nce"
+REDUCTIONS = ("mean", "sum", "none")
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def info_nce(
+    query: Tensor,
+    document: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.03,
+    hard_negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross entropy of each query's own document among all documents.
+
+    loss[b] = log(sum over j of exp(s[b, j]) + sum over k of exp(h[b, k])) - s[b, target[b]],
+    s = query . document / temperature, h[b, k] = query[b] . hard_negatives[b, k] / temperature.
+    Nothing is normalised here: for the cosine similarity pass vectors of unit length, as
+    `moca_fast.pool` gives them.
+
+    Args:
+        query: (B, D) float32, bfloat16, float16 or float64; receives a gradient.
+        document: (M, D) of the dtype of query; all ranks' positives, already gathered; receives a
+            gradient.
+        target: (B,) int64, the row of `document` that answers each query; default 0 .. B - 1.
+        temperature: a positive float, or a 0-d tensor, which receives a gradient.
+        hard_negatives: (B, K, D) of the dtype of query, seen by their own query only; receives a
+            gradient.
+        query_ids: (B,) int64, the id of each query's positive; default document_ids[target].
+        document_ids: (M,) int64. A document whose id is that of the query's positive is no
+            negative of this query (it leaves the sum), unless it is the target row itself.
+        reduction: "mean" over queries, "sum" or "none".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        () or, with "none", (B,) float32 (float64 for float64 queries). The mean over no query is
+        0 with zero gradient.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a temperature that is not positive, query
+            ids without document ids, an unknown reduction, or a backend that cannot run the call.
+        TypeError: a wrong dtype, or not a tensor.
+        IndexError: an entry of `target` outside 0 to M - 1.
+    """
+    tensors = inputs(
+        query,
+        document,
+        target,
+        temperature=temperature,
+        hard_negatives=hard_negatives,
+        query_ids=query_ids,
+        document_ids=document_ids,
+        reduction=reduction,
+    )
+    loss = torch.ops.moca_fast.info_nce(*tensors, _dispatch.requested(backend))[0]
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+
+
+def inputs(
+    query: Tensor,
+    document: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.03,
+    hard_negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    reduction: str = "mean",
+) -> Inputs:
+    """The checked tensors that backends are asked about, defaults filled in."""
+    check_tensor(OP, "query", query, shape=("B", "D"), dtypes=FLOATS)
+    batch, dim = query.shape
+    same = {"dtypes": (query.dtype,), "like": query}
+    check_tensor(OP, "document", document, shape=("M", dim), **same)
+    if hard_negatives is not None:
+        check_tensor(OP, "hard_negatives", hard_negatives, shape=(batch, "K", dim), **same)
+    rows = document.shape[0]
+    if target is None:
+        if rows < batch:
+            raise ValueError(
+                f"moca_fast.{OP}: document: expected at least B = {batch} rows when target is not "
+                f"given, got {rows}"
+            )
+        target = torch.arange(batch, device=query.device)
+    ids = {"dtypes": (torch.int64,), "like": query}
+    check_tensor(OP, "target", target, shape=(batch,), **ids)
+    if document_ids is not None:
+        check_tensor(OP, "document_ids", document_ids, shape=(rows,), **ids)
+        if query_ids is None:
+            query_ids = document_ids.index_select(0, target)
+    elif query_ids is not None:
+        raise ValueError(f"moca_fast.{OP}: query_ids: expected document_ids beside them, got none")
+    if query_ids is not None:
+        check_tensor(OP, "query_ids", query_ids, shape=(batch,), **ids)
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"moca_fast.{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}"
+        )
+    temperature = _temperature(temperature, query)
+    return query, document, target, temperature, hard_negatives, query_ids, document_ids
+
+
+def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
+    """() in the dtype that scores are accumulated in."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if isinstance(temperature, Tensor):
+        check_tensor(OP, "temperature", temperature, shape=(), dtypes=FLOATS, like=query)
+        return temperature.to(dtype)
+    if not temperature > 0:
+        raise ValueError(
+            f"moca_fast.{OP}: temperature: expected a number above 0, got {temperature!r}"
+        )
+    return torch.full((), temperature, dtype=dtype, device=query.device)
+
+
+@torch.library.custom_op("moca_fast::info_nce", mutates_args=())
+def _forward(
+    query: Tensor,
+    document: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    hard_negatives: Tensor | None,
+    query_ids: Tensor | None,
+    document_ids: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss (B,), and logsumexp of the scores (B,) float64: in float32 its rounding would show in
+    every probability that the backward makes of it."""
+    tensors = (query, document, target, temperature, hard_negatives, query_ids, document_ids)
+    return _dispatch.select(OP, backend, *tensors).forward(*tensors)
+
+
+@torch.library.custom_op("moca_fast::info_nce_backward", mutates_args=())
+def _backward(
+    d_loss: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    document: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    hard_negatives: Tensor | None,
+    query_ids: Tensor | None,
+    document_ids: Tensor | None,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, document, hard_negatives and temperature; (0,) where not needed."""
+    tensors = (query, document, target, temperature, hard_negatives, query_ids, document_ids)
+    kernel = _dispatch.select(OP, backend, *tensors)
+    return kernel.backward(d_loss, lse, *tensors, needs)
+
+
+@_forward.register_fake
+def _(query, document, target, temperature, hard_negatives, query_ids, document_ids, backend):
+    batch = query.shape[0]
+    return temperature.new_empty((batch,)), query.new_empty((batch,), dtype=torch.float64)
+
+
+@_backward.register_fake
+def _(d_loss, lse, query, document, target, temperature, hard_negatives, *rest):
+    needs = rest[-2]
+    shaped = (query, document, hard_negatives, temperature)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else query.new_empty(0)
+        for t, need in zip(shaped, needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _autograd(ctx, d_loss, d_lse):
+    needs = ctx.needs_input_grad
+    needs = [needs[0], needs[1], needs[4], needs[3]]
+    grads = torch.ops.moca_fast.info_nce_backward(d_loss, *ctx.saved_tensors, needs, ctx.backend)
+    query, document, hard, temperature = (
+        grad if need else None for grad, need in zip(grads, needs, strict=True)
+    )
+    return query, document, None, temperature, hard, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,105 @@
+"""info_nce in eager torch: the specification. Holds the scores of CHUNK queries at a time."""
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # queries
+
+
+def unsupported(*inputs: Tensor | None) -> str | None:
+    return None
+
+
+def forward(
+    query: Tensor,
+    document: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    hard_negatives: Tensor | None,
+    query_ids: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_target(target, document.shape[0])
+    loss = temperature.new_empty(query.shape[0])
+    lse = torch.empty_like(loss, dtype=torch.float64)
+    for rows in torch.arange(query.shape[0], device=query.device).split(CHUNK):
+        scores = _scores(
+            rows, query, document, target, temperature, hard_negatives, query_ids, document_ids
+        )
+        own = scores.gather(1, target[rows, None])[:, 0]
+        peak = scores.amax(dim=1)
+        log_sum = (scores - peak[:, None]).exp().sum(dim=1).log()
+        loss[rows] = log_sum + (peak - own)
+        lse[rows] = log_sum.double() + peak
+    return loss, lse
+
+
+def backward(
+    d_loss: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    document: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    hard_negatives: Tensor | None,
+    query_ids: Tensor | None,
+    document_ids: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, count = temperature.dtype, document.shape[0]
+    documents = document.to(dtype)
+    hard = query[:, None, :0, None] if hard_negatives is None else hard_negatives.to(dtype)
+    d_query, d_document = torch.zeros_like(query, dtype=dtype), torch.zeros_like(documents)
+    d_hard, d_temperature = torch.zeros_like(hard), torch.zeros_like(temperature)
+    for rows in torch.arange(query.shape[0], device=query.device).split(CHUNK):
+        scores = _scores(
+            rows, query, document, target, temperature, hard_negatives, query_ids, document_ids
+        )
+        d_scores = (scores - lse[rows, None]).exp().to(dtype)
+        d_scores.scatter_add_(1, target[rows, None], -torch.ones_like(d_scores[:, :1]))
+        d_scores *= d_loss[rows, None]
+        d_temperature -= (d_scores * scores.where(d_scores != 0, 0)).sum() / temperature
+        d_scores /= temperature
+        states = query[rows].to(dtype)
+        d_query[rows] = d_scores[:, :count] @ documents
+        d_document += d_scores[:, :count].mT @ states
+        if hard_negatives is not None:
+            d_query[rows] += torch.einsum("bk,bkd->bd", d_scores[:, count:], hard[rows])
+            d_hard[rows] = d_scores[:, count:, None] * states[:, None]
+    grads = (d_query.to(query.dtype), d_document.to(query.dtype), d_hard.to(query.dtype))
+    return tuple(
+        grad if need else query.new_empty(0)
+        for grad, need in zip((*grads, d_temperature), needs, strict=True)
+    )
+
+
+def _scores(
+    rows: Tensor,
+    query: Tensor,
+    document: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    hard_negatives: Tensor | None,
+    query_ids: Tensor | None,
+    document_ids: Tensor | None,
+) -> Tensor:
+    """(rows, M + K) scores of some queries; -inf where a document is no negative."""
+    states = query[rows].to(temperature.dtype)
+    scores = states @ document.to(temperature.dtype).mT
+    if document_ids is not None and query_ids is not None:
+        same = query_ids[rows, None] == document_ids
+        own = torch.arange(document.shape[0], device=query.device) == target[rows, None]
+        scores = scores.masked_fill(same & ~own, -torch.inf)
+    if hard_negatives is not None:
+        hard = hard_negatives[rows].to(temperature.dtype)
+        scores = torch.cat([scores, torch.einsum("bd,bkd->bk", states, hard)], dim=1)
+    return scores / temperature
+
+
+def check_target(target: Tensor, documents: int) -> None:
+    wrong = ((target < 0) | (target >= documents)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise IndexError(
+            f"moca_fast.info_nce: target[{wrong[0]}]: expected 0 to {documents - 1}, got "
+            f"{int(target[wrong[0]])}"
+        )

@@ -1,0 +1,164 @@
+"""Cross entropy of a linear layer's output, without its logits (the idea of arXiv 2411.09009):
+the loss of MoCa's masked-language-model head. Ignored rows are skipped, not multiplied.
+
+T tokens, D dim, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from moca_fast import _dispatch
+from moca_fast._checks import FLOATS, check_tensor
+
+OP = "linear_cross_entropy"
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross entropy of `hidden @ weight.T + bias` against labels; the T x V logits never exist.
+
+    loss[t] = log(sum over v of exp(z[t, v])) - z[t, labels[t]], z[t, v] = hidden[t] . weight[v]
+    + bias[v], accumulated in float32. A row whose label is `ignore_index` costs nothing, counts
+    for nothing and gets zero gradient.
+
+    Args:
+        hidden: (T, D) float32, bfloat16, float16 or float64; receives a gradient. Under autocast,
+            hidden, weight and bias are cast as torch.nn.functional.linear casts them.
+        weight: (V, D) of the dtype of hidden; receives a gradient.
+        labels: (T,) int64, 0 to V - 1 or `ignore_index`.
+        bias: (V,) of the dtype of hidden, or None; receives a gradient.
+        ignore_index: the label of rows that do not count.
+        reduction: "mean" over the rows that count, "sum" or "none" (0 for ignored rows).
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        () or, with "none", (T,) float32 (float64 for float64 states). Where no row counts, the
+        mean is 0 with zero gradient, not NaN.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, an unknown reduction, or a backend that
+            cannot run the call.
+        TypeError: a wrong dtype, or not a tensor.
+        IndexError: a label that is neither `ignore_index` nor in 0 to V - 1.
+    """
+    hidden, weight, labels, bias = inputs(
+        hidden, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction
+    )
+    backend = _dispatch.requested(backend)
+    loss = torch.ops.moca_fast.linear_cross_entropy(
+        hidden, weight, labels, bias, ignore_index, backend
+    )[0]
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
+
+
+def inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The checked tensors that backends are asked about, cast as autocast asks."""
+    check_tensor(OP, "hidden", hidden, shape=("T", "D"), dtypes=FLOATS)
+    hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
+    same = {"dtypes": (hidden.dtype,), "like": hidden}
+    check_tensor(OP, "weight", weight, shape=("V", hidden.shape[1]), **same)
+    check_tensor(OP, "labels", labels, shape=(hidden.shape[0],), dtypes=(torch.int64,), like=hidden)
+    if bias is not None:
+        check_tensor(OP, "bias", bias, shape=(weight.shape[0],), **same)
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"moca_fast.{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}"
+        )
+    return hidden, weight, labels, bias
+
+
+def _autocast(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in the dtype of an autocast region, if it stands in one; custom ops see none."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS[:3]:
+        return tensor
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+@torch.library.custom_op("moca_fast::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss (T,), and logsumexp of the logits (T,) float64, both 0 for ignored rows. In float32
+    the rounding of the second would show in every probability that the backward makes of it."""
+    kernel = _dispatch.select(OP, backend, hidden, weight, labels, bias)
+    return kernel.forward(hidden, weight, labels, bias, ignore_index)
+
+
+@torch.library.custom_op("moca_fast::linear_cross_entropy_backward", mutates_args=())
+def _backward(
+    d_loss: Tensor,
+    lse: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; (0,) where not needed."""
+    kernel = _dispatch.select(OP, backend, hidden, weight, labels, bias)
+    return kernel.backward(d_loss, lse, hidden, weight, labels, bias, ignore_index, needs)
+
+
+@_forward.register_fake
+def _(hidden, weight, labels, bias, ignore_index, backend):
+    tokens = hidden.shape[:1]
+    return (
+        hidden.new_empty(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32)),
+        hidden.new_empty(tokens, dtype=torch.float64),
+    )
+
+
+@_backward.register_fake
+def _(d_loss, lse, hidden, weight, labels, bias, ignore_index, needs, backend):
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
+        for t, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, labels, bias, ctx.ignore_index, ctx.backend = inputs
+    ctx.save_for_backward(output[1], hidden, weight, labels, bias)
+
+
+def _autograd(ctx, d_loss, d_lse):
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = torch.ops.moca_fast.linear_cross_entropy_backward(
+        d_loss, *ctx.saved_tensors, ctx.ignore_index, needs, ctx.backend
+    )
+    hidden, weight, bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return hidden, weight, None, bias, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
