@@ -1,0 +1,1 @@
+"""The quickstart: real data from Debian packages, a miniature model, and a report."""
