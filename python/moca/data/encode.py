@@ -168,7 +168,7 @@ class Encoder:
             if pad - 1 > begin:
                 yield _Text(ids[begin : pad - 1], starts[begin : pad - 1])
             yield self._open(document.images[i], f"{where}: image {i}")
-            begin = pad + 2
+            begin = int(pad) + 2
         if begin < len(ids):
             yield _Text(ids[begin:], starts[begin:])
 
@@ -214,14 +214,14 @@ class Encoder:
     def _join(self, parts: list[_Part], document: Document) -> Encoded:
         if not sum(len(part.ids) for part in parts):
             raise ValueError(f"{document.name or 'document'}: the document has no tokens")
-        images = [part for part in parts if part.patches is not None]
-        patches = [part.patches for part in images]
+        patches = [part.patches for part in parts if part.patches is not None]
+        grids = [part.grid for part in parts if part.grid is not None]
         return Encoded(
             np.concatenate([part.ids for part in parts]),
             np.concatenate(patches)
             if patches
             else np.zeros((0, self.settings.patch_dim), np.float32),
-            np.asarray([part.grid for part in images], np.int64).reshape(-1, 3),
+            np.asarray(grids, np.int64).reshape(-1, 3),
             document.name,
         )
 

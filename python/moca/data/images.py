@@ -276,9 +276,9 @@ def denormalize(
     if patches.shape != (rows * columns, settings.patch_dim):
         raise ValueError(f"expected {(rows * columns, settings.patch_dim)}, got {patches.shape}")
     values = np.asarray(patches, np.float32).reshape(len(patches), 3, -1, patch**2).mean(axis=2)
-    values = (
-        values * np.float32(settings.image_std)[:, None] + np.float32(settings.image_mean)[:, None]
-    )
+    mean = np.asarray(settings.image_mean, np.float32)[:, None]
+    std = np.asarray(settings.image_std, np.float32)[:, None]
+    values = values * std + mean
     pixels = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
     blocks = pixels.reshape(rows // merge, columns // merge, merge, merge, 3, patch, patch)
     return blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
