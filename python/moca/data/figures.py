@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +20,8 @@ def words(text: str) -> frozenset[str]:
 
 # A side below this many pixels is an icon, a bullet or a spacer.
 MIN_SIDE = 24
+# Outside any figure element an image with no side above this is an icon.
+MAX_ICON_SIDE = 48
 # Inside a line of text an image up to this many pixels high is an icon.
 MAX_INLINE_SIDE = 64
 
@@ -29,7 +31,7 @@ _SKIPPED_TAGS = words(
 )
 _SKIPPED_CLASSES = words(
     "navheader navfooter navigation navbar navlist navbarlist topnav bottomnav subnav skipnav "
-    "sidebar sphinxsidebar related breadcrumb breadcrumbs wy-breadcrumbs wy-nav-side "
+    "sidebar sphinxsidebar related breadcrumb breadcrumbs magnify wy-breadcrumbs wy-nav-side "
     "rst-footer-buttons toc toctree-wrapper toctree headerlink footer site-footer indexdiv "
     "indextable genindextable md-header md-sidebar md-footer"
 )
@@ -41,6 +43,7 @@ _CONTAINERS = words(
 )
 _CAPTIONS = words("caption figcaption thumbcaption wp-caption-text figure-caption image-caption")
 _PHRASES = words("a abbr b code em i kbd small span strong sub sup tt u")
+_SIGNS = words("anchor anchorjs-link")
 _IMAGE_LINK = re.compile(r"\.(png|jpe?g|gif|webp|bmp|tiff?)([?#].*)?$", re.IGNORECASE)
 _FIGURE_NUMBER = re.compile(
     r"(?:figure|fig\.?|image|illustration|screenshot|abbildung)\s*(?:[A-Z][.-]?)?\d+(?:[.-]\d+)*(?:\s*[.:)\u2013\u2014]+\s*|\s+-\s+|\s+|$)",
@@ -86,6 +89,16 @@ def tokens(element: lxml.html.HtmlElement) -> set[str]:
     """The element's classes in lower case."""
     value = element.get("class")
     return set(value.lower().split()) if value else set()
+
+
+def visible_text(element: lxml.html.HtmlElement) -> str:
+    """The text of a heading or caption, without permanent-link and zoom signs."""
+    parts = [element.text or ""]
+    for child in element:
+        if isinstance(child.tag, str) and not is_skipped(child) and not tokens(child) & _SIGNS:
+            parts.append(visible_text(child))
+        parts.append(child.tail or "")
+    return "".join(parts)
 
 
 def is_skipped(element: lxml.html.HtmlElement) -> bool:
@@ -136,9 +149,7 @@ class FigureFinder:
         if isinstance(size, str):
             self.skipped[size] += 1
             return None
-        if min(size) < MIN_SIDE or (
-            not containers and _is_inline(img) and size[1] <= MAX_INLINE_SIDE
-        ):
+        if min(size) < MIN_SIDE or (not containers and _is_icon(img, *size)):
             return None
         return FoundImage(path, find_caption(img, containers), bool(containers))
 
@@ -226,6 +237,10 @@ def inner_text(element: lxml.html.HtmlElement) -> str:
     return collapse(element.text_content())
 
 
+def _is_icon(img: lxml.html.HtmlElement, width: int, height: int) -> bool:
+    return max(width, height) <= MAX_ICON_SIDE or (height <= MAX_INLINE_SIDE and _is_inline(img))
+
+
 def _is_inline(img: lxml.html.HtmlElement) -> bool:
     """Whether there is text right beside the image, in its own line."""
     element = img
@@ -255,7 +270,7 @@ def find_caption(img: lxml.html.HtmlElement, containers: list) -> str:
                 and next((up for up in element.iterancestors() if _is_container(up)), None)
                 is container
             ):
-                parts.append(clean_caption(element.text_content()))
+                parts.append(clean_caption(visible_text(element)))
     if not any(parts):
         parts = [_following_caption(img)]
     if not any(parts):
@@ -300,11 +315,18 @@ def _following_caption(img: lxml.html.HtmlElement) -> str:
 
 def _alternative(img: lxml.html.HtmlElement) -> str:
     """The alt or title text, when it is at least two words and not the name of the file."""
+    file = PurePosixPath(urlsplit(img.get("src", "")).path)
+    names = {_letters(file.name), _letters(file.stem)}
     for attribute in ("alt", "title"):
         text = clean_caption(img.get(attribute) or "")
-        if len(text.split()) >= 2 and not _IMAGE_LINK.search(text):
+        if len(text.split()) >= 2 and not _IMAGE_LINK.search(text) and _letters(text) not in names:
             return text
     return ""
+
+
+def _letters(text: str) -> str:
+    """Letters and digits only, in lower case: "add_line" and "Add line" are the same."""
+    return "".join(char for char in unquote(text).lower() if char.isalnum())
 
 
 def clean_caption(text: str) -> str:

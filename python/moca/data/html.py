@@ -20,7 +20,7 @@ from pathlib import Path
 import lxml.etree
 import lxml.html
 
-from moca.data.figures import Figure, FigureFinder, collapse, is_skipped, tokens, words
+from moca.data.figures import Figure, FigureFinder, collapse, is_skipped, visible_text, words
 from moca.data.records import IMAGE_MARKER, Document, Pair
 
 logger = logging.getLogger(__name__)
@@ -353,7 +353,7 @@ class _PageReader:
             self.open[-1].pieces.append(text)
 
     def _heading(self, element: lxml.html.HtmlElement, level: int) -> None:
-        title = clean_title(_visible_text(element)).replace("<|", "< |")
+        title = clean_title(visible_text(element)).replace("<|", "< |")
         if not title:
             return
         self._break()
@@ -380,17 +380,3 @@ class _PageReader:
         figure = Figure(self.page, found.path, found.caption)
         if found.caption and figure not in self.figures:
             self.figures.append(figure)
-
-
-def _visible_text(element: lxml.html.HtmlElement) -> str:
-    """The text of a heading without its permanent-link anchor."""
-    parts = [element.text or ""]
-    for child in element:
-        if isinstance(child.tag, str) and not tokens(child) & {
-            "headerlink",
-            "anchor",
-            "anchorjs-link",
-        }:
-            parts.append(_visible_text(child))
-        parts.append(child.tail or "")
-    return "".join(parts)
