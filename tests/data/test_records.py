@@ -36,7 +36,9 @@ def test_document_of():
     assert Document.of(b"png") == Document(IMAGE_MARKER, (b"png",))
     mixed = Document.of(["a ", image, " b ", (path, "c")])
     assert mixed == Document(f"a {IMAGE_MARKER} b {IMAGE_MARKER}c", (image, path))
-    assert Document.of({"text": "t", "image": "a.png"}) == Document(IMAGE_MARKER + "t", (path,))
+    after, before = {"text": "t", "image": "a.png"}, {"image": ["a.png", "b.png"], "text": "t"}
+    assert Document.of(after) == Document("t" + IMAGE_MARKER, ("a.png",))
+    assert Document.of(before) == Document(IMAGE_MARKER * 2 + "t", ("a.png", "b.png"))
     placed = Document.of({"text": f"t {IMAGE_MARKER}", "image": [b"x"]})
     assert placed == Document(f"t {IMAGE_MARKER}", (b"x",))
     assert Document.of({"text": "t"}) == Document("t")

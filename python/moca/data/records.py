@@ -79,9 +79,10 @@ class Document:
 
         Args:
             item: a string (text), a PIL image, bytes or a path-like object (an image), a list or
-                tuple of these (interleaved, in order), a mapping with ``text`` and/or ``image``
-                (the images stand first unless the text has its own markers), or a document
-                (returned as it is).
+                tuple of these (interleaved, in order), a mapping with ``text`` and/or ``image`` (one
+                or a list; a string is a path), or a document (returned as it is). The order of a
+                mapping's keys is that of text and images, as in sentence-transformers, unless the
+                text has its own markers.
             name: where it came from, for error messages.
 
         Raises:
@@ -306,9 +307,8 @@ def _document_of_mapping(item: Mapping, name: str) -> Document:
             f"got {sorted(map(str, item))}"
         )
     text, image = item.get("text") or "", item.get("image")
-    given = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
-    # A string under "image" is a path: nothing else could be meant.
-    images = tuple(Path(value) if isinstance(value, str) else value for value in given)
+    images = () if image is None else image if isinstance(image, (list, tuple)) else (image,)
     if images and IMAGE_MARKER not in text:
-        text = IMAGE_MARKER * len(images) + text
-    return Document(text, images, name)
+        markers = IMAGE_MARKER * len(images)
+        text = text + markers if next(iter(item)) == "text" else markers + text
+    return Document(text, tuple(images), name)
