@@ -79,9 +79,9 @@ class Document:
 
         Args:
             item: a string (text), a PIL image, bytes or a path-like object (an image), a list or
-                tuple of these (interleaved, in order), a mapping with ``text`` and/or ``image`` (one
-                or a list; a string is a path), or a document (returned as it is). The order of a
-                mapping's keys is that of text and images, as in sentence-transformers, unless the
+                tuple of these (interleaved, in order), a mapping with ``text`` and/or ``image``
+                (one or a list; a string is a path), or a document (returned as it is). The order of
+                a mapping's keys is that of text and images, as in sentence-transformers, unless the
                 text has its own markers.
             name: where it came from, for error messages.
 
