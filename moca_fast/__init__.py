@@ -5,15 +5,19 @@ N patches, P values a patch, V vocabulary, M gathered documents (or masked patch
 """
 
 from moca_fast._dispatch import backends, explain, use_backend
+from moca_fast.ops.attention.op import attention
 from moca_fast.ops.info_nce.op import info_nce
 from moca_fast.ops.linear_cross_entropy.op import linear_cross_entropy
 from moca_fast.ops.masked_patch_mse.op import masked_patch_mse
 from moca_fast.ops.pool.op import pool
+from moca_fast.span_mask import SpanMask
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SpanMask",
     "__version__",
+    "attention",
     "backends",
     "explain",
     "info_nce",
