@@ -1,0 +1,243 @@
+"""What the attention masks of transformers mean as spans of keys.
+
+A padded batch of B rows, Q queries and K keys a row becomes one packed axis: padding is dropped,
+and every query that is left sees one interval of the packed keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+from moca_fast.span_mask import SpanMask
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """How a padded batch is packed.
+
+    Args:
+        mask: the packed queries' spans of packed keys.
+        queries: (T,) int64, rows of the B * Q flattened queries that are computed; None for all.
+        keys: (K',) int64, rows of the B * K flattened keys that are kept; None for all.
+    """
+
+    mask: SpanMask
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+
+@dataclass
+class MaskRequest:
+    """The arguments of the mask interface, resolved by the first attention layer that needs them.
+
+    transformers asks for a mask once a forward, before it says whether the batch is packed. So
+    nothing is computed until a layer asks, and what it gets is kept for the other layers.
+    """
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int | Tensor = 0
+    kv_offset: int = 0
+    mask_function: Callable = causal_mask_function
+    attention_mask: Tensor | None = None
+    local_size: int | None = None
+    exact: bool = True  # the mask function is the plain one, with nothing laid over it
+    use_vmap: bool = False
+    layouts: dict[tuple, PackedLayout] = field(default_factory=dict, repr=False)
+
+    @property
+    def padding(self) -> Tensor | None:
+        """(B, K) bool, true for keys that are no padding; None if no mask was given."""
+        if self.attention_mask is None:
+            return None
+        mask = self.attention_mask.bool()
+        missing = self.kv_length + self.kv_offset - mask.shape[-1]
+        mask = torch.nn.functional.pad(mask, (0, max(missing, 0)))
+        return mask[:, self.kv_offset : self.kv_offset + self.kv_length]
+
+    def plain(self, sliding_window: int | None) -> bool:
+        """Whether spans follow from the arguments, without evaluating the mask function."""
+        if self.mask_function in (causal_mask_function, bidirectional_mask_function):
+            return sliding_window is None
+        return self.exact and sliding_window is not None and self.local_size == sliding_window
+
+    def dense(self, device: torch.device) -> Tensor:
+        """(B, Q, K) bool, true where a query sees a key: for masks that `plain` does not know."""
+        mask = sdpa_mask(
+            batch_size=self.batch_size,
+            q_length=self.q_length,
+            kv_length=self.kv_length,
+            q_offset=self.q_offset,
+            kv_offset=self.kv_offset,
+            mask_function=self.mask_function,
+            attention_mask=self.attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=self.use_vmap,
+            device=device,
+        )
+        return mask[:, 0]
+
+
+def request_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> MaskRequest:
+    """The mask interface: keeps what transformers asks for, for the attention function."""
+    return MaskRequest(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        local_size,
+        exact=(allow_is_causal_skip or allow_is_bidirectional_skip) and not use_vmap,
+        use_vmap=use_vmap,
+    )
+
+
+@lru_cache(maxsize=16)
+def unmasked(
+    batch: int, queries: int, keys: int, causal: bool, window: int | None, device: torch.device
+) -> PackedLayout:
+    """The layout of a batch without padding; the last query stands at the last key."""
+    begin, end = intervals(queries, keys, keys - queries, causal, window, device)
+    return pack_intervals(begin.expand(batch, -1), end.expand(batch, -1), keys)
+
+
+def intervals(
+    queries: int,
+    keys: int,
+    offset: int,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The keys [begin, end) each query of a row sees: (1, Q) int64 each.
+
+    Args:
+        offset: position of the first query among the keys.
+        window: sees `window` tokens with itself if causal, else `window` to each side of itself,
+            as transformers defines it; None for no limit.
+    """
+    position = torch.arange(queries, device=device)[None] + offset
+    begin, end = torch.zeros_like(position), torch.full_like(position, keys)
+    if window is not None:
+        begin = position - window + (1 if causal else 0)
+        end = position + window + 1
+    if causal:
+        end = position + 1
+    return begin.clamp(0, keys), end.clamp(0, keys)
+
+
+def documents_of_positions(position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the document of each token begins and ends: (B, Q) int64 each.
+
+    As transformers reads it: a position that is not its predecessor's plus one begins a document.
+
+    Args:
+        position_ids: (B, Q) int.
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    begin = torch.where(starts, index, 0).cummax(dim=1).values
+    last = torch.ones_like(starts)
+    last[:, :-1] = starts[:, 1:]
+    end = torch.where(last, index + 1, index.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return begin, end
+
+
+def dense_intervals(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The one interval of keys each query sees: (B, Q) int64 each.
+
+    Args:
+        visible: (B, Q, K) bool.
+
+    Raises:
+        ValueError: a query whose keys are not contiguous.
+    """
+    count = visible.sum(dim=-1)
+    begin = visible.int().argmax(dim=-1)
+    end = begin + count
+    reversed_begin = visible.flip(-1).int().argmax(dim=-1)
+    last = torch.where(count > 0, visible.shape[-1] - reversed_begin, end)
+    if (last != end).any():
+        batch, query = (last != end).nonzero()[0].tolist()
+        raise ValueError(
+            "moca_fast: expected every query to see one contiguous interval of keys, but the "
+            f"attention mask of row {batch} has gaps at query {query}"
+        )
+    return begin, end
+
+
+def pack_intervals(
+    begin: Tensor,
+    end: Tensor,
+    keys: int,
+    *,
+    kept_keys: Tensor | None = None,
+    kept_queries: Tensor | None = None,
+) -> PackedLayout:
+    """Drop padding and put the rows of a batch one after another.
+
+    Args:
+        begin, end: (B, Q) int64, the keys of its own row that each query sees.
+        keys: K.
+        kept_keys: (B, K) bool, false for padding; None for no padding.
+        kept_queries: (B, Q) bool, false for queries whose output is to be zero; None for none.
+
+    Raises:
+        ValueError: intervals that are not non-decreasing along a row.
+    """
+    batch, device = begin.shape[0], begin.device
+    end = torch.maximum(begin, end)
+    base = torch.arange(batch, device=device)[:, None] * keys
+    begin, end = begin + base, end + base
+    total, key_rows = batch * keys, None
+    if kept_keys is not None:
+        kept = kept_keys.reshape(-1)
+        before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+        begin, end = before[begin], before[end]
+        key_rows = kept.nonzero().squeeze(1)
+        total = key_rows.shape[0]
+    computed = begin < end
+    if kept_queries is not None:
+        computed &= kept_queries
+    query_rows = None
+    if kept_keys is not None or not bool(computed.all()):
+        query_rows = computed.reshape(-1).nonzero().squeeze(1)
+    start, stop = (x.reshape(-1).to(torch.int32) for x in (begin, end))
+    if query_rows is not None:
+        start, stop = start[query_rows], stop[query_rows]
+    if bool((start[1:] < start[:-1]).any() | (stop[1:] < stop[:-1]).any()):
+        raise ValueError(
+            "moca_fast: expected an attention mask whose intervals of keys never move back from "
+            "one query to the next"
+        )
+    mask = SpanMask(start, stop, num_keys=total, validate=False)
+    return PackedLayout(mask, query_rows, key_rows)
