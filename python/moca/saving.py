@@ -1,0 +1,193 @@
+"""The saved model directory: one that transformers and sentence-transformers load with plain code.
+
+Beside the weights, config and tokenizer stand the image settings, a chat template that only
+concatenates, the modules of sentence-transformers (mean pooling, normalisation) and `moca.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedModel, Qwen2Tokenizer
+from transformers.utils import cached_file
+
+from moca.checkpoint import replacing
+from moca.data.images import ImageSettings
+from moca.data.records import IMAGE_MARKER
+
+MASK_TOKEN = "<|mask|>"
+END_TOKEN = "<|endoftext|>"
+SPECIAL_TOKENS = (
+    END_TOKEN,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    MASK_TOKEN,
+)
+SETTINGS = "moca.json"
+PREPROCESSOR = "preprocessor_config.json"
+# Contents one after another: what the model was trained on, where chat models put roles between.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}" + IMAGE_MARKER + "{% elif part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `moca.json` holds.
+
+    Args:
+        bidirectional: whether every token sees its whole document.
+        pooling: "mean" or "last".
+
+    Raises:
+        ValueError: an unknown pooling.
+    """
+
+    bidirectional: bool = True
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("mean", "last"):
+            raise ValueError(f"pooling: expected 'mean' or 'last', got {self.pooling!r}")
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Train a byte-level BPE tokenizer of the Qwen kind on a corpus.
+
+    Args:
+        texts: the corpus; special tokens in it are left out.
+        vocab_size: most tokens, the special ones included.
+
+    Returns:
+        A tokenizer with the special tokens of Qwen-VL and `<|mask|>`.
+
+    Raises:
+        ValueError: no room for the 256 bytes and the special tokens.
+    """
+    size = vocab_size - len(SPECIAL_TOKENS)
+    if size < 256:
+        raise ValueError(
+            f"vocab_size: expected at least {256 + len(SPECIAL_TOKENS)}, got {vocab_size}"
+        )
+    pattern = Qwen2Tokenizer().backend_tokenizer
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.NFC()
+    trained.pre_tokenizer = pattern.pre_tokenizer
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(map(_without_specials, texts), trainer)
+    model = json.loads(trained.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        mask_token=MASK_TOKEN,
+        extra_special_tokens=[token for token in SPECIAL_TOKENS if token != MASK_TOKEN],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _without_specials(text: str) -> str:
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, " ")
+    return text
+
+
+def add_mask_token(vlm: PreTrainedModel, tokenizer: Any) -> None:
+    """Give the tokenizer a mask token and the model a row for it: the mean of all rows.
+
+    Does nothing if there is a mask token. Embeddings grow only when no spare row is left.
+    """
+    if tokenizer.mask_token is not None:
+        return
+    tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    rows = vlm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        vlm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = {id(table.weight): table.weight for table in _tables(vlm)}
+    with torch.no_grad():
+        for weight in tables.values():
+            weight[tokenizer.mask_token_id] = weight[:rows].float().mean(dim=0).to(weight.dtype)
+
+
+def _tables(vlm: PreTrainedModel) -> list[Any]:
+    return [t for t in (vlm.get_input_embeddings(), vlm.get_output_embeddings()) if t is not None]
+
+
+def read_directory(directory: str | os.PathLike) -> tuple[Any, ImageSettings, Settings]:
+    """The tokenizer, image settings and settings of a directory or hub repository.
+
+    Raises:
+        OSError, ValueError: a directory that is missing, incomplete or of another kind.
+    """
+    if (path := Path(directory)).exists() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: expected a model directory, but it has no config.json")
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    config = _read_json(directory, PREPROCESSOR)
+    if config is None:
+        processor = _read_json(directory, "processor_config.json") or {}
+        config = processor.get("image_processor")
+    if config is None:
+        raise FileNotFoundError(
+            f"{os.fspath(directory)}: expected {PREPROCESSOR} or processor_config.json"
+        )
+    values = _read_json(directory, SETTINGS) or {}
+    unknown = set(values) - set(asdict(Settings()))
+    if unknown:
+        raise ValueError(f"{os.fspath(directory)}/{SETTINGS}: unknown keys {sorted(unknown)}")
+    return tokenizer, ImageSettings.from_processor_config(config), Settings(**values)
+
+
+def _read_json(directory: str | os.PathLike, name: str) -> Any:
+    path = cached_file(
+        directory,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+
+
+def write_directory(
+    directory: Path,
+    vlm: PreTrainedModel,
+    tokenizer: Any,
+    image_settings: ImageSettings,
+    settings: Settings,
+) -> None:
+    """Write the directory beside its place and rename it into place once it is complete."""
+    with replacing(directory) as folder:
+        vlm.save_pretrained(folder)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(folder)
+        _write_json(folder / PREPROCESSOR, image_settings.to_processor_config())
+        _write_json(folder / SETTINGS, asdict(settings))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
