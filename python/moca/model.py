@@ -9,6 +9,7 @@ B documents, T packed tokens, D hidden size, N patches, P values a patch, I imag
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def split_documents(batch: PackedBatch, settings: ImageSettings) -> list[PackedB
     sizes = (batch.image_grid_thw.prod(dim=1) // settings.merge_size**2).tolist()
     patches = [0, *(batch.image_grid_thw.prod(dim=1).cumsum(0)).tolist()]
     parts, image = [], 0
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         first, missing = image, int(batch.mm_token_type_ids[begin:end].sum())
         while missing > 0:
             missing -= sizes[image]
