@@ -36,6 +36,39 @@ SPECIAL_TOKENS = (
     MASK_TOKEN,
 )
 SETTINGS = "moca.json"
+_FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+# What sentence-transformers 6.2 writes for such a model; videos are left out.
+SENTENCE_TRANSFORMERS = {
+    "modules.json": [
+        {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.{kind}"}
+        for idx, (path, kind) in enumerate(
+            (
+                ("", "base.modules.transformer.Transformer"),
+                ("1_Pooling", "sentence_transformer.modules.pooling.Pooling"),
+                ("2_Normalize", "base.modules.normalize.Normalize"),
+            )
+        )
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            "text": _FORWARD,
+            "image": _FORWARD,
+            "message": {**_FORWARD, "format": "structured"},
+        },
+        "module_output_name": "token_embeddings",
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+    "2_Normalize/config.json": {
+        "module_input_name": "sentence_embedding",
+        "module_output_name": "sentence_embedding",
+    },
+}
 PREPROCESSOR = "preprocessor_config.json"
 # Contents one after another: what the model was trained on, where chat models put roles between.
 CHAT_TEMPLATE = (
@@ -187,7 +220,16 @@ def write_directory(
         tokenizer.save_pretrained(folder)
         _write_json(folder / PREPROCESSOR, image_settings.to_processor_config())
         _write_json(folder / SETTINGS, asdict(settings))
+        for name, value in SENTENCE_TRANSFORMERS.items():
+            _write_json(folder / name, value)
+        pooling = {
+            "embedding_dimension": vlm.config.get_text_config().hidden_size,
+            "pooling_mode": {"mean": "mean", "last": "lasttoken"}[settings.pooling],
+            "include_prompt": True,
+        }
+        _write_json(folder / "1_Pooling" / "config.json", pooling)
 
 
 def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,201 @@
+"""Checkpoints that a crash, a full disk or a second writer cannot leave half-written.
+
+A checkpoint is a folder `checkpoint-<step>`: tensors in safetensors, the rest in JSON, and a
+manifest with the size and SHA-256 of every file. It is written beside its place and renamed into
+it, so it is there whole or not at all. Nothing in it is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d{8})$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing or damaged; the message says which file and how."""
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a fresh folder that takes the place of `path` when the block succeeds.
+
+    On an error (a full disk, say) the folder is removed and `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
+        if path.exists():
+            path.rename(retired)
+        temporary.rename(path)
+        shutil.rmtree(retired, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_file(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Run `write(temporary)` and rename its file to `path`: there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(
+    run: str | Path,
+    step: int,
+    *,
+    modules: Mapping[str, torch.nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `run/checkpoint-<step>` and remove all but the newest `keep`.
+
+    Args:
+        modules: saved under their names.
+        state: anything JSON holds (data order, loss history, elapsed seconds).
+
+    Raises:
+        CheckpointError: the checkpoint could not be written; earlier ones are untouched.
+    """
+    path = Path(run) / f"checkpoint-{step:08d}"
+    try:
+        with replacing(path) as folder:
+            for name, module in modules.items():
+                tensors = {k: v.detach().cpu().contiguous() for k, v in _unshared(module).items()}
+                save_file(tensors, folder / f"{name}.safetensors")
+            for number, optimizer in enumerate(optimizers):
+                _save_optimizer(optimizer, folder, f"optimizer-{number}")
+            _write_json(folder / "state.json", {"step": step, **state})
+            _write_json(folder / MANIFEST, {p.name: _digest(p) for p in sorted(folder.iterdir())})
+    except (OSError, RuntimeError) as error:
+        kept = latest_checkpoint(run)
+        raise CheckpointError(
+            f"{path} could not be written ({error}); "
+            + (f"{kept} is intact" if kept else "no earlier checkpoint exists")
+        ) from error
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    modules: Mapping[str, torch.nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+) -> dict[str, Any]:
+    """Verify a checkpoint, load it in place and return its `state`.
+
+    Raises:
+        CheckpointError: a file is missing, cut or changed. Nothing has been loaded then.
+    """
+    path = Path(path)
+    verify_checkpoint(path)
+    for name, module in modules.items():
+        tensors = load_file(path / f"{name}.safetensors")
+        missing = set(_unshared(module)) ^ set(tensors)
+        if missing:
+            raise CheckpointError(f"{path}: {name} differs in {sorted(missing)[:5]}")
+        module.load_state_dict(tensors, strict=False)
+    for number, optimizer in enumerate(optimizers):
+        _load_optimizer(optimizer, path, f"optimizer-{number}")
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Raise CheckpointError unless every file has the size and hash of the manifest."""
+    path = Path(path)
+    hint = f"; remove {path} to go on from the checkpoint before it"
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path}: {MANIFEST} is missing, this is no whole checkpoint{hint}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error}{hint}") from error
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing{hint}")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise CheckpointError(f"{file}: expected {expected['bytes']} bytes, got {size}{hint}")
+        if _digest(file) != expected:
+            raise CheckpointError(f"{file}: its SHA-256 is not that of the manifest{hint}")
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    return sorted(p for p in Path(run).glob("checkpoint-*") if _NAME.match(p.name))
+
+
+def latest_checkpoint(run: str | Path) -> Path | None:
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def _unshared(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict, each tensor under its first name only (tied weights appear once)."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            unique[name] = tensor
+            seen.add(tensor.data_ptr())
+    return unique
+
+
+def _save_optimizer(optimizer: torch.optim.Optimizer, folder: Path, name: str) -> None:
+    saved = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, slots in saved["state"].items():
+        for slot, value in slots.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{slot}"] = value.detach().cpu().contiguous()
+            else:
+                scalars[f"{index}.{slot}"] = value
+    save_file(tensors, folder / f"{name}.safetensors")
+    groups = {"param_groups": saved["param_groups"], "scalars": scalars}
+    _write_json(folder / f"{name}.json", groups)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, name: str) -> None:
+    saved = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {}
+    values = {**load_file(folder / f"{name}.safetensors"), **saved["scalars"]}
+    for key, value in values.items():
+        index, _, slot = key.partition(".")
+        state.setdefault(int(index), {})[slot] = value
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }

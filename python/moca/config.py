@@ -1,0 +1,296 @@
+"""One typed dataclass a run: read from YAML, overridden by `key=value`, checked before anything
+heavy loads, and saved beside the run."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A run's configuration cannot be used as it is; the message says which key and why."""
+
+
+@dataclass
+class RunConfig:
+    """What both training stages share.
+
+    Lengths and budgets are in tokens, rates are per optimiser step.
+    """
+
+    model: str  # a saved model directory, or the name of a Qwen-VL checkpoint on the hub
+    output: str  # the run directory; refused if it exists, unless resume is set
+    steps: int = 1000
+    resume: bool = False  # go on from the newest checkpoint in `output`
+    seed: int = 0
+    optimizer: str = "adamw"  # adamw | muon (Muon for hidden matrices, AdamW for the rest)
+    lr: float = 2e-5
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    schedule: str = "linear"  # decay after the warm-up: linear | cosine | constant
+    warmup: float = 0.05  # fraction of the steps
+    grad_clip: float = 5.0  # largest gradient norm; 0 leaves gradients as they are
+    precision: str = "auto"  # auto (bf16 where the hardware multiplies it, else fp32) | fp32 | bf16
+    gradient_checkpointing: bool = False
+    max_length: int = 1280  # tokens of one document; images are kept or dropped whole
+    on_error: str = "raise"  # unreadable record: raise | skip (counted and reported)
+    flip: float = 0.0  # probability that an image is mirrored left to right
+    rotate: float = 0.0  # largest rotation of an image, degrees
+    cache_images: bool = False  # keep resized images in memory
+    workers: int = 0  # processes that prepare batches
+    log_every: int = 10  # steps
+    save_every: int = 500  # steps
+    keep_checkpoints: int = 2
+
+    def check(self) -> None:
+        _choice(self, "optimizer", ("adamw", "muon"))
+        _choice(self, "schedule", ("linear", "cosine", "constant"))
+        _choice(self, "precision", ("auto", "fp32", "bf16"))
+        _choice(self, "on_error", ("raise", "skip"))
+        for name in ("steps", "max_length", "log_every", "save_every", "keep_checkpoints"):
+            _at_least(self, name, 1)
+        for name in ("workers", "grad_clip", "weight_decay", "rotate"):
+            _at_least(self, name, 0)
+        for name in ("warmup", "flip"):
+            _fraction(self, name)
+        _positive(self, "lr")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+
+
+@dataclass
+class CptConfig(RunConfig):
+    """Stage 1, modality-aware continual pre-training (MoCa section 3.1)."""
+
+    documents: list[str] = field(default_factory=list)  # JSONL, Parquet, HTML folders, hub names
+    mlm_probability: float = 0.4  # of a text token to be masked
+    mae_probability: float = 0.5  # of a merged image token to be masked
+    mae_weight: float = 0.1  # w in L_MLM + w * L_MAE
+    normalize_patches: bool = False  # MAE targets at zero mean and unit variance
+    batch_cost: int = 12800  # cost of a micro-batch: one image token counts as four text tokens
+    accumulation: int = 1  # micro-batches a step
+    lr: float = 2e-6
+    warmup: float = 0.1
+
+    def check(self) -> None:
+        super().check()
+        for name in ("mlm_probability", "mae_probability"):
+            _fraction(self, name)
+        _at_least(self, "mae_weight", 0)
+        _at_least(self, "batch_cost", 1)
+        _at_least(self, "accumulation", 1)
+        if not self.documents:
+            raise ConfigError("documents: expected at least one source of documents, got none")
+
+
+@dataclass
+class ContrastConfig(RunConfig):
+    """Stage 2, heterogeneous contrastive fine-tuning (MoCa section 3.2)."""
+
+    pairs: dict[str, str] = field(default_factory=dict)  # task name: source of its pairs
+    batch_size: int = 24  # pairs a process and step
+    task_batch_sizes: dict[str, int] = field(default_factory=dict)  # where a task's differs
+    task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; default: size
+    hard_negatives: int = 2  # a query, scored only against their own query
+    temperature: float = 0.03
+    learn_temperature: bool = False
+    token_dropout: float = 0.0  # probability that a text token is left out
+    symmetric: bool = False  # also document -> query; MoCa trains query -> document only
+
+    def check(self) -> None:
+        super().check()
+        _at_least(self, "batch_size", 1)
+        _at_least(self, "hard_negatives", 0)
+        _positive(self, "temperature")
+        _fraction(self, "token_dropout")
+        if not self.pairs:
+            raise ConfigError("pairs: expected {task: source} with at least one task, got none")
+        for name in ("task_batch_sizes", "task_weights"):
+            for task, value in getattr(self, name).items():
+                if task not in self.pairs:
+                    raise ConfigError(f"{name}: no such task {task!r}{_nearest(task, self.pairs)}")
+                if value <= 0:
+                    raise ConfigError(f"{name}.{task}: expected a positive number, got {value}")
+
+
+@dataclass
+class EmbedConfig:
+    """Embed every document of a source into one Parquet file."""
+
+    model: str
+    source: str  # JSONL, Parquet, HTML folder or hub name
+    output: str  # the index directory; refused if it exists
+    batch_tokens: int = 8192
+    max_length: int = 1280
+    on_error: str = "raise"
+
+    def check(self) -> None:
+        _choice(self, "on_error", ("raise", "skip"))
+        _at_least(self, "batch_tokens", 1)
+        _at_least(self, "max_length", 1)
+
+
+@dataclass
+class EvalConfig:
+    """Metrics of a saved model over held-out pairs, MMEB tasks and BEIR folders."""
+
+    model: str
+    pairs: dict[str, str] = field(default_factory=dict)  # task name: source of its pairs
+    mmeb: dict[str, str] = field(default_factory=dict)  # task name: file of MMEB-eval rows
+    beir: dict[str, str] = field(default_factory=dict)  # task name: corpus, queries and qrels
+    output: str = ""  # a JSON file for the metrics; empty prints only
+    batch_tokens: int = 8192
+    max_length: int = 1280
+    on_error: str = "raise"
+
+    def check(self) -> None:
+        _choice(self, "on_error", ("raise", "skip"))
+        _at_least(self, "batch_tokens", 1)
+        _at_least(self, "max_length", 1)
+        tasks = [*self.pairs, *self.mmeb, *self.beir]
+        if not tasks:
+            raise ConfigError("expected pairs, mmeb or beir: {task: source}, got no task")
+        if len(set(tasks)) < len(tasks):
+            raise ConfigError(f"a task name stands twice among pairs, mmeb and beir: {tasks}")
+
+
+@dataclass
+class QuickstartConfig:
+    """The whole system on real data with a miniature model, trained from scratch."""
+
+    output: str = "runs/quickstart"
+    docs: str = ""  # a folder of HTML pages; empty fetches the Debian packages
+    cache: str = ".cache/quickstart"  # where packages are kept between runs
+    overwrite: bool = False  # replace an earlier report in `output`
+    seed: int = 0
+    scale: float = 1.0  # factor on all numbers of steps
+    baseline: bool = True  # also train the CNN + n-gram baseline
+    compare: bool = False  # also train the comparisons about stage 1; takes several times as long
+
+    def check(self) -> None:
+        _positive(self, "scale")
+
+
+Config = TypeVar("Config")
+
+
+def load_config(
+    cls: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Read `cls` from a YAML file and `key=value` overrides, checked.
+
+    Nested keys are written with dots (`pairs.gloss=gloss.jsonl`); values are YAML.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key (with the nearest name), a missing key,
+            a value of the wrong type or out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+        if not isinstance(loaded, Mapping):
+            raise ConfigError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
+        values.update(loaded)
+    for override in overrides:
+        _apply_override(values, override)
+    return from_dict(cls, values)
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Build and check a config of type `cls`; errors as in `load_config`."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"unknown key {key!r}{_nearest(str(key), fields)}")
+    for name, spec in fields.items():
+        required = spec.default is MISSING and spec.default_factory is MISSING
+        if required and name not in values:
+            raise ConfigError(f"missing key {name!r}: expected {_type_name(hints[name])}")
+    config = cls(**{key: _coerce(key, value, hints[key]) for key, value in values.items()})
+    config.check()  # type: ignore[attr-defined]
+    return config
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the config as YAML that `load_config` reads back."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"expected key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: cannot read {text!r} as YAML: {error}") from error
+    target = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"{key}: {parent!r} holds a single value, not keys of its own")
+    target[last] = value
+
+
+def _coerce(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, where nothing is lost by it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _coerce(key, value, inner)
+    if origin is list and isinstance(value, list):
+        return [_coerce(f"{key}[{i}]", item, arguments[0]) for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): _coerce(f"{key}.{k}", v, arguments[1]) for k, v in value.items()}
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            pass
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    raise ConfigError(f"{key}: expected {_type_name(hint)}, got {value!r}")
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    if (value := getattr(config, name)) not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _at_least(config: Any, name: str, least: float) -> None:
+    if not (value := getattr(config, name)) >= least:
+        raise ConfigError(f"{name}: expected at least {least}, got {value}")
+
+
+def _positive(config: Any, name: str) -> None:
+    if not (value := getattr(config, name)) > 0:
+        raise ConfigError(f"{name}: expected more than 0, got {value}")
+
+
+def _fraction(config: Any, name: str) -> None:
+    if not 0 <= (value := getattr(config, name)) <= 1:
+        raise ConfigError(f"{name}: expected 0 to 1, got {value}")

@@ -1,0 +1,253 @@
+"""Stage 2, heterogeneous contrastive fine-tuning (MoCa, arXiv 2506.23115, section 3.2).
+
+Every batch holds pairs of one task, on all ranks; queries, positives and hard negatives go through
+the model in one pack; positives of all ranks are each other's negatives, hard negatives are seen
+by their own query only.
+
+B pairs, K hard negatives a query, D dim.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import moca_fast.nn
+from moca.config import ConfigError, ContrastConfig
+from moca.data.augment import augment_images, drop_tokens, preload_images
+from moca.data.batching import TaskBatches, pair_keys
+from moca.data.encode import Encoded, Encoder
+from moca.data.packing import PackedBatch, pack
+from moca.data.records import Document, Pair
+from moca.data.sources import load_pairs
+from moca.model import MocaModel
+from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
+from moca.run import Run, check_output, make_accelerator, peak_memory
+
+
+@dataclass
+class PairBatch:
+    """Queries, positives and hard negatives of one task in one pack.
+
+    Args:
+        task: of all its pairs.
+        batch: B queries, then B positives, then K hard negatives of each query in turn.
+        pairs, negatives: B and K.
+        query_ids, document_ids: (B,) int64 identities of each query and positive by content.
+        counts: what encoding cut or left out.
+    """
+
+    task: str
+    batch: PackedBatch
+    pairs: int
+    negatives: int
+    query_ids: Tensor
+    document_ids: Tensor
+    counts: Counter[str]
+
+    def to(self, device: torch.device) -> PairBatch:
+        return replace(
+            self,
+            batch=self.batch.to(device),
+            query_ids=self.query_ids.to(device),
+            document_ids=self.document_ids.to(device),
+        )
+
+
+class ContrastObjective(nn.Module):
+    """The embedding model and its InfoNCE loss, gathered over all ranks."""
+
+    def __init__(self, model: MocaModel, config: ContrastConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.symmetric = config.symmetric
+        self.loss = moca_fast.nn.InfoNCELoss(
+            temperature=config.temperature, learnable=config.learn_temperature
+        )
+
+    def forward(self, batch: PairBatch) -> Tensor:
+        embeddings = self.model.embed(batch.batch)
+        query, document, negatives = embeddings.split(
+            [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
+        )
+        hard = None
+        if batch.negatives:
+            hard = negatives.view(batch.pairs, batch.negatives, -1)
+        loss = self.loss(query, document, hard_negatives=hard, document_ids=batch.document_ids)
+        if self.symmetric:
+            back = self.loss(document, query, document_ids=batch.query_ids)
+            loss = 0.5 * (loss + back)
+        return loss
+
+
+class PairBatches(Dataset):
+    """Batches by step: everything random is a function of (seed, step, rank)."""
+
+    def __init__(
+        self,
+        tasks: dict[str, list[Pair]],
+        schedule: Sequence[tuple[str, Sequence[int]]],
+        encoder: Encoder,
+        config: ContrastConfig,
+        rank: int,
+    ) -> None:
+        self.tasks, self.schedule, self.encoder = tasks, schedule, encoder
+        self.config, self.rank = config, rank
+        self.special_ids = np.asarray(sorted(encoder.tokenizer.all_special_ids))
+
+    def __getitem__(self, step: int) -> PairBatch:
+        task, indices = self.schedule[step]
+        pairs = [self.tasks[task][index] for index in indices]
+        rng = np.random.default_rng([self.config.seed, step, self.rank])
+        fewest = min(len(pair.negatives) for pair in pairs)
+        negatives = min(fewest, self.config.hard_negatives)
+        documents = [pair.query for pair in pairs] + [pair.positive for pair in pairs]
+        for pair in pairs:
+            chosen = rng.permutation(len(pair.negatives))[:negatives]
+            documents += [pair.negatives[index] for index in chosen]
+        before = self.encoder.counts.copy()
+        encoded = [self._encode(document, rng) for document in documents]
+        return PairBatch(
+            task,
+            pack(encoded, self.encoder.merge_size, self.encoder.image_token_id),
+            len(pairs),
+            negatives,
+            _identities([pair.query for pair in pairs]),
+            _identities([pair.positive for pair in pairs]),
+            self.encoder.counts - before,
+        )
+
+    def _encode(self, document: Document, rng: np.random.Generator) -> Encoded:
+        config = self.config
+        changed = augment_images(document, rng, config.flip, config.rotate)
+        return drop_tokens(self.encoder(changed), rng, config.token_dropout, self.special_ids)
+
+
+def contrast(config: ContrastConfig) -> None:
+    """Run stage 2 and leave the model in `output/model`.
+
+    Raises:
+        ConfigError: the output folder exists, nothing to resume, or a task too small for a batch.
+        Interrupted: stopped by a signal; a checkpoint was written.
+    """
+    checkpoint = check_output(config)
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)
+    model = MocaModel.from_pretrained(config.model)
+    if config.gradient_checkpointing:
+        model.vlm.gradient_checkpointing_enable()
+    objective = ContrastObjective(model, config).to(accelerator.device)
+    optimizers = build_optimizers(objective, config)
+    tasks = load_tasks(config.pairs, config.on_error)
+    schedule = make_schedule(tasks, config, accelerator.process_index, accelerator.num_processes)
+    if config.cache_images:
+        tasks = {name: _preloaded(pairs, model) for name, pairs in tasks.items()}
+    encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
+    batches = PairBatches(tasks, schedule, encoder, config, accelerator.process_index)
+    trained, *optimizers = accelerator.prepare(objective, *optimizers)
+    run = Run(config, accelerator, {"objective": objective}, optimizers, checkpoint)
+    steps = range(run.step, config.steps)
+    loader = iter(DataLoader(batches, None, sampler=steps, num_workers=config.workers))
+    totals: Counter[str] = Counter()
+    trained.train()
+    for step in run.steps("stage 2"):
+        began = time.monotonic()
+        lr = config.lr * learning_rate_scale(step, config)
+        set_learning_rate(optimizers, lr)
+        batch = next(loader).to(accelerator.device)
+        totals += batch.counts
+        with accelerator.autocast():
+            loss = trained(batch)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(trained.parameters(), config.grad_clip or math.inf)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        value = float(accelerator.reduce(loss.detach(), "mean"))
+        tokens = len(batch.batch.input_ids) * accelerator.num_processes
+        run.log({
+            "loss": value,
+            f"loss_{batch.task}": value,
+            "lr": lr,
+            "grad_norm": float(norm),
+            "tokens_per_second": tokens / (time.monotonic() - began),
+            "memory_gib": peak_memory(accelerator.device),
+        })  # fmt: skip
+    if accelerator.is_main_process:
+        for reason, count in sorted(totals.items()):
+            tqdm.write(f"stage 2: {count} {reason} at max_length {config.max_length}")
+        model.save_pretrained(Path(config.output) / "model")
+    accelerator.wait_for_everyone()
+
+
+def load_tasks(sources: dict[str, str], on_error: str) -> dict[str, list[Pair]]:
+    """Pairs by task; an empty source is an error."""
+    tasks = {}
+    for name, source in sources.items():
+        tasks[name] = list(load_pairs(source, task=name, on_error=on_error))
+        if not tasks[name]:
+            raise ConfigError(f"pairs.{name}: {source} holds no pairs")
+    return tasks
+
+
+def make_schedule(
+    tasks: dict[str, list[Pair]], config: ContrastConfig, rank: int, ranks: int
+) -> list[tuple[str, Sequence[int]]]:
+    """Task and indices of its pairs for every step on this rank; all ranks agree on the task."""
+    items = [(task, index) for task, pairs in tasks.items() for index in range(len(pairs))]
+    try:
+        batches = TaskBatches(
+            [task for task, _ in items],
+            {task: config.task_batch_sizes.get(task, config.batch_size) for task in tasks},
+            weights=config.task_weights or None,
+            unique_keys=[pair_keys(tasks[task][index]) for task, index in items],
+            seed=config.seed,
+            rank=rank,
+            world_size=ranks,
+        )
+    except ValueError as error:
+        raise ConfigError(f"batch_size: {error}") from error
+    schedule: list[tuple[str, Sequence[int]]] = []
+    while len(schedule) < config.steps:
+        for task, chosen in batches:
+            schedule.append((task, [items[number][1] for number in chosen]))
+    return schedule[: config.steps]
+
+
+def _preloaded(pairs: list[Pair], model: MocaModel) -> list[Pair]:
+    settings = model.image_settings
+    known: dict[bytes, Document] = {}
+
+    def once(document: Document) -> Document:
+        if not document.images:
+            return document
+        key = document.key()
+        if key not in known:
+            known[key] = preload_images(document, settings)
+        return known[key]
+
+    return [
+        replace(
+            pair,
+            query=once(pair.query),
+            positive=once(pair.positive),
+            negatives=tuple(once(negative) for negative in pair.negatives),
+        )
+        for pair in pairs
+    ]
+
+
+def _identities(documents: Sequence[Document]) -> Tensor:
+    """(B,) int64, equal for equal content: 8 bytes of each document's key."""
+    keys = (document.key()[:8] for document in documents)
+    return torch.tensor([int.from_bytes(key, "big", signed=True) for key in keys])

@@ -1,0 +1,307 @@
+"""Stage 1, modality-aware continual pre-training (MoCa, arXiv 2506.23115, section 3.1).
+
+Masked language modelling on text and masked-patch reconstruction on images, jointly, over packed
+interleaved documents: loss = L_MLM + w * L_MAE.
+
+T packed tokens, D dim, N patches, P values a patch, M masked patches, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import moca_fast
+from moca.checkpoint import write_file
+from moca.config import ConfigError, CptConfig
+from moca.data.augment import augment_images, preload_images
+from moca.data.encode import Encoder
+from moca.data.packing import PackedBatch, batches_by_cost, document_cost, pack
+from moca.data.records import Document
+from moca.data.sources import load_documents
+from moca.model import MocaModel
+from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
+from moca.run import Run, check_output, make_accelerator, peak_memory, seeded
+
+IGNORE = -100
+DECODER = "mae_decoder.safetensors"
+
+
+@dataclass
+class MaskedBatch:
+    """A packed batch with tokens and patches hidden.
+
+    Args:
+        batch: input_ids with mask tokens, pixel_values with noise.
+        labels: (T,) int64, the token where it was masked, else -100.
+        patches: (N, P) float32, the clean pixels.
+        units: (U,) int64, masked image tokens, counted over the image tokens of the batch.
+    """
+
+    batch: PackedBatch
+    labels: Tensor
+    patches: Tensor
+    units: Tensor
+
+
+def mask_batch(
+    batch: PackedBatch,
+    *,
+    special_ids: Tensor,
+    mask_token_id: int,
+    merge_size: int,
+    mlm_probability: float,
+    mae_probability: float,
+    generator: torch.Generator,
+) -> MaskedBatch:
+    """Hide text tokens behind the mask token and image tokens behind noise.
+
+    A text token that is not special is masked with `mlm_probability`; its label stands at its own
+    position. An image token (merge_size^2 patches) is masked with `mae_probability`: each of its
+    patches is replaced by its own draw of standard normal noise, in normalised pixel values.
+    """
+    ids = batch.input_ids
+    chosen = torch.rand(ids.shape, generator=generator) < mlm_probability
+    chosen &= ~torch.isin(ids, special_ids)
+    labels = torch.where(chosen, ids, IGNORE)
+    per_unit = merge_size**2
+    unit_count = len(batch.pixel_values) // per_unit
+    units = (torch.rand(unit_count, generator=generator) < mae_probability).nonzero().squeeze(1)
+    rows = patch_rows(units, per_unit)
+    pixels = batch.pixel_values.clone()
+    pixels[rows] = torch.randn(len(rows), pixels.shape[1], generator=generator)
+    hidden = copy.copy(batch)
+    hidden.input_ids = torch.where(chosen, mask_token_id, ids)
+    hidden.pixel_values = pixels
+    return MaskedBatch(hidden, labels, batch.pixel_values, units)
+
+
+def patch_rows(units: Tensor, per_unit: int) -> Tensor:
+    """(U * per_unit,) rows of patches behind image tokens: those of one token are consecutive."""
+    return (units[:, None] * per_unit + torch.arange(per_unit, device=units.device)).flatten()
+
+
+class PretrainObjective(nn.Module):
+    """The model with its MAE decoder: a copy of the language model's middle layer and a linear
+    head from each image token to its patches.
+
+    Called with a `MaskedBatch`; returns the two losses as means over what is masked in it, and
+    how much that was: (mlm (), masked tokens (), mae (), masked patches ()).
+    """
+
+    def __init__(self, model: MocaModel, normalize_patches: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.normalize_patches = normalize_patches
+        layers = model.language_model.layers
+        self.decoder = copy.deepcopy(layers[len(layers) // 2])
+        settings = model.image_settings
+        self.per_unit = settings.merge_size**2
+        width = model.hidden_size
+        self.patch_head = nn.Linear(width, self.per_unit * settings.patch_dim)
+        nn.init.normal_(self.patch_head.weight, std=width**-0.5)
+        nn.init.zeros_(self.patch_head.bias)
+
+    def forward(self, masked: MaskedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hidden = self.model.hidden_states(masked.batch)
+        head = self.model.lm_head_weight
+        mlm = moca_fast.linear_cross_entropy(hidden.to(head.dtype), head, masked.labels)
+        rows = patch_rows(masked.units, self.per_unit)
+        if len(rows):
+            pred = self.reconstruct(hidden, masked)
+            mae = moca_fast.masked_patch_mse(
+                pred, masked.patches, rows, normalize=self.normalize_patches
+            )
+        else:
+            mae = hidden.new_zeros((), dtype=torch.float32)
+        tokens = (masked.labels != IGNORE).sum()
+        return mlm, tokens, mae, torch.tensor(len(rows), device=hidden.device)
+
+    def reconstruct(self, hidden: Tensor, masked: MaskedBatch) -> Tensor:
+        """(M, P) predicted pixels of the masked patches, from (T, D) hidden states."""
+        decoded = self.model.run_layer(self.decoder, hidden, masked.batch)
+        positions = masked.batch.mm_token_type_ids.nonzero().squeeze(1)[masked.units]
+        return self.patch_head(decoded[positions]).view(-1, masked.patches.shape[1])
+
+    def decoder_state(self) -> dict[str, Tensor]:
+        """The parameters that are no part of the saved model."""
+        state = self.state_dict()
+        return {name: value for name, value in state.items() if not name.startswith("model.")}
+
+
+class CptBatches(Dataset):
+    """Masked micro-batches by number: everything random is a function of (seed, number, rank)."""
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        encoder: Encoder,
+        model: MocaModel,
+        config: CptConfig,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self.documents, self.encoder, self.config = documents, encoder, config
+        self.rank, self.ranks = rank, ranks
+        self.special_ids = torch.tensor(sorted(model.tokenizer.all_special_ids))
+        self.mask_token_id = model.mask_token_id
+        self.merge_size = model.image_settings.merge_size
+        self.pieces, self.costs = self._measure()
+        if not self.pieces:
+            raise ConfigError("documents: the sources hold no documents")
+        self._epochs: list[list[list[int]]] = []
+
+    def _measure(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """(document, part) and cost of every part of at most `max_length` tokens."""
+        pieces, costs = [], []
+        for number, document in enumerate(
+            tqdm(self.documents, "measuring documents", unit="doc", disable=self.rank > 0)
+        ):
+            for part, encoded in enumerate(self.encoder.split(document, self.config.max_length)):
+                pieces.append((number, part))
+                costs.append(document_cost(encoded, self.merge_size))
+        return pieces, costs
+
+    def _indices(self, number: int) -> list[int]:
+        """The pieces of the `number`-th batch of the run, over all epochs and ranks."""
+        epoch = 0
+        while True:
+            if epoch == len(self._epochs):
+                seed = self.config.seed * 100_003 + epoch
+                budget = self.config.batch_cost
+                self._epochs.append(batches_by_cost(self.costs, budget, seed=seed))
+            if number < len(self._epochs[epoch]):
+                return self._epochs[epoch][number]
+            number -= len(self._epochs[epoch])
+            epoch += 1
+
+    def __getitem__(self, number: int) -> MaskedBatch:
+        number = number * self.ranks + self.rank
+        config = self.config
+        rng = np.random.default_rng([config.seed, number])
+        encoded = []
+        for index in self._indices(number):
+            document, part = self.pieces[index]
+            changed = augment_images(self.documents[document], rng, config.flip, config.rotate)
+            encoded.append(self.encoder.split(changed, config.max_length)[part])
+        return mask_batch(
+            pack(encoded, self.merge_size, self.encoder.image_token_id),
+            special_ids=self.special_ids,
+            mask_token_id=self.mask_token_id,
+            merge_size=self.merge_size,
+            mlm_probability=config.mlm_probability,
+            mae_probability=config.mae_probability,
+            generator=seeded(config.seed, number),
+        )
+
+
+def pretrain(config: CptConfig) -> None:
+    """Run stage 1 and leave the model in `output/model`, its MAE decoder beside it.
+
+    Raises:
+        ConfigError: the output folder exists, or there is nothing to resume.
+        Interrupted: stopped by a signal; a checkpoint was written.
+    """
+    checkpoint = check_output(config)
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)
+    model = MocaModel.from_pretrained(config.model)
+    if config.gradient_checkpointing:
+        model.vlm.gradient_checkpointing_enable()
+    objective = PretrainObjective(model, config.normalize_patches).to(accelerator.device)
+    optimizers = build_optimizers(objective, config)
+    documents = _documents(config, model)
+    batches = CptBatches(
+        documents, Encoder(model.tokenizer, model.image_settings), model, config,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    trained, *optimizers = accelerator.prepare(objective, *optimizers)
+    run = Run(config, accelerator, {"objective": objective}, optimizers, checkpoint)
+    numbers = range(run.step * config.accumulation, config.steps * config.accumulation)
+    loader = iter(DataLoader(batches, None, sampler=numbers, num_workers=config.workers))
+    trained.train()
+    for step in run.steps("stage 1"):
+        began = time.monotonic()
+        lr = config.lr * learning_rate_scale(step, config)
+        set_learning_rate(optimizers, lr)
+        logged = {"tokens": 0.0}
+        for micro in range(config.accumulation):
+            masked = _to_device(next(loader), accelerator.device)
+            last = micro == config.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(trained):
+                with accelerator.autocast():
+                    mlm, mlm_count, mae, mae_count = trained(masked)
+                mlm = mlm * _share(accelerator, mlm_count)
+                mae = mae * _share(accelerator, mae_count)
+                loss = (mlm + config.mae_weight * mae) / config.accumulation
+                accelerator.backward(loss)
+            logged["tokens"] += len(masked.labels) * accelerator.num_processes
+            for name, value in (("loss_mlm", mlm), ("loss_mae", mae)):
+                mean = accelerator.reduce(value.detach(), "mean") / config.accumulation
+                logged[name] = logged.get(name, 0.0) + float(mean)
+        norm = accelerator.clip_grad_norm_(trained.parameters(), config.grad_clip or math.inf)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.log({
+            "loss": logged["loss_mlm"] + config.mae_weight * logged["loss_mae"],
+            "loss_mlm": logged["loss_mlm"],
+            "loss_mae": logged["loss_mae"],
+            "lr": lr,
+            "grad_norm": float(norm),
+            "tokens_per_second": logged["tokens"] / (time.monotonic() - began),
+            "memory_gib": peak_memory(accelerator.device),
+        })  # fmt: skip
+    if accelerator.is_main_process:
+        model.save_pretrained(Path(config.output) / "model")
+        decoder = {k: v.cpu().contiguous() for k, v in objective.decoder_state().items()}
+        write_file(Path(config.output) / DECODER, lambda path: save_file(decoder, path))
+    accelerator.wait_for_everyone()
+
+
+def load_objective(output: str | Path) -> PretrainObjective:
+    """The model and MAE decoder that `pretrain` left in its run folder."""
+    objective = PretrainObjective(MocaModel.from_pretrained(Path(output) / "model"))
+    decoder = load_file(Path(output) / DECODER)
+    missing = set(objective.decoder_state()) ^ set(decoder)
+    if missing:
+        raise ValueError(f"{Path(output) / DECODER}: expected other tensors: {sorted(missing)[:5]}")
+    objective.load_state_dict(decoder, strict=False)
+    return objective.eval()
+
+
+def _documents(config: CptConfig, model: MocaModel) -> list[Document]:
+    documents: list[Document] = []
+    for source in config.documents:
+        documents += load_documents(source, on_error=config.on_error)
+    if config.cache_images:
+        documents = [preload_images(document, model.image_settings) for document in documents]
+    return documents
+
+
+def _share(accelerator: Accelerator, count: Tensor) -> Tensor:
+    """What turns this rank's mean into its part of the mean over all ranks, times their number."""
+    total = accelerator.reduce(count.float(), "sum")
+    return count * accelerator.num_processes / total.clamp(min=1)
+
+
+def _to_device(masked: MaskedBatch, device: torch.device) -> MaskedBatch:
+    return MaskedBatch(
+        masked.batch.to(device),
+        masked.labels.to(device),
+        masked.patches.to(device),
+        masked.units.to(device),
+    )

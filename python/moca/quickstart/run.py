@@ -1,0 +1,236 @@
+"""`moca quickstart`: from nothing to a trained, evaluated and searchable model, and a report.
+
+Every stage leaves its result in the run folder, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from moca.checkpoint import latest_checkpoint, write_file
+from moca.config import (
+    ConfigError,
+    ContrastConfig,
+    CptConfig,
+    EmbedConfig,
+    QuickstartConfig,
+    load_config,
+    save_config,
+)
+from moca.contrast import contrast
+from moca.data.images import ImageSettings
+from moca.data.records import Pair
+from moca.data.sources import load_pairs
+from moca.embed import Embedder, build_index
+from moca.evaluate import Pool
+from moca.model import build_model, tiny_config
+from moca.pretrain import pretrain
+from moca.quickstart.baseline import run_baseline
+from moca.quickstart.corpora import load_corpora
+from moca.quickstart.prepare import write_corpora
+from moca.retrieval import Scores, evaluate_pool
+from moca.saving import build_tokenizer
+
+# The miniature: small enough for two cores, large enough to learn from 50,000 pictures and names.
+IMAGES = ImageSettings(patch_size=8, merge_size=2, min_pixels=4 * 16**2, max_pixels=20 * 16**2)
+VOCABULARY = 8192
+CPT_STEPS, CONTRAST_STEPS = 100, 700
+TRAINING: dict[str, Any] = {
+    "optimizer": "muon",
+    "lr": 1.5e-3,
+    "weight_decay": 0.01,
+    "flip": 0.5,
+    "rotate": 8.0,
+    "cache_images": True,
+    "max_length": 96,
+    "save_every": 100,
+    "keep_checkpoints": 1,
+}
+BATCH = 128
+# Glosses are short and cheap, so their batches are larger.
+TASK_BATCHES = {"gloss": 2 * BATCH}
+# Share of the steps: pictures take the longest to learn.
+TASK_WEIGHTS = {"title-section": 0.15, "caption-figure": 0.2, "emoji": 0.35, "gloss": 0.3}
+IMAGE_TASKS = ("caption-figure", "emoji")
+
+
+class Quickstart:
+    """One run: its folder, and how long each stage took, over all its starts.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings, or a finished one.
+    """
+
+    def __init__(self, config: QuickstartConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output)
+        path = self.folder / "config.yaml"
+        if path.exists():
+            earlier = load_config(QuickstartConfig, path)
+            if earlier != config:
+                raise ConfigError(
+                    f"output: {self.folder} holds a run with other settings ({_differ(earlier, config)}"
+                    "); give another output, or remove it"
+                )
+            if self.report.exists():
+                raise ConfigError(
+                    f"output: {self.folder} holds a finished run, its report is {self.report}; "
+                    "give another output, or remove it"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ConfigError(f"output: {self.folder} exists and is no quickstart run")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda temporary: save_config(config, temporary))
+        self.times: dict[str, float] = self._read("times.json") or {}
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    def stage(self, name: str, result: str, work: Callable[[], Any]) -> Any:
+        """Run `work` unless `result` (a JSON file) exists; returns what it returned then or now."""
+        if (done := self._read(result)) is not None:
+            return done
+        with self.timed(name):
+            value = work()
+        self.write(result, value)
+        return value
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        tqdm.write(f"== {name}")
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.times[name] = self.times.get(name, 0.0) + time.monotonic() - began
+            self.write("times.json", self.times)
+
+    def write(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=1)
+        write_file(self.folder / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _read(self, name: str) -> Any:
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def prepare(self) -> None:
+        """The data in published schemas, a tokenizer trained on it, a model with random weights."""
+        if (self.folder / "data").exists() and (self.folder / "init").exists():
+            return
+        with self.timed("data, tokenizer, random model"):
+            corpora = load_corpora(self.config.cache, self.config.docs or None)
+            write_corpora(corpora, self.folder / "data", IMAGES, _progress)
+            tokenizer = build_tokenizer(corpora.tokenizer_texts, VOCABULARY)
+            model = build_model(tiny_config(tokenizer), tokenizer, IMAGES, seed=self.config.seed)
+            model.save_pretrained(self.folder / "init")
+
+    @property
+    def tasks(self) -> list[str]:
+        summary = self._read("data/summary.json")
+        return [task["name"] for task in summary["tasks"]]
+
+    def train_stage1(self) -> None:
+        output = self.folder / "cpt"
+        if (output / "model").exists():
+            return
+        documents = sorted(str(p) for p in (self.folder / "data/documents").glob("*.parquet"))
+        config = CptConfig(
+            model=str(self.folder / "init"),
+            output=str(output),
+            documents=documents,
+            steps=self._steps(CPT_STEPS),
+            resume=latest_checkpoint(output) is not None,
+            seed=self.config.seed,
+            **TRAINING,
+        )
+        with self.timed("stage 1: continual pre-training"):
+            pretrain(config)
+
+    def train_stage2(self, name: str, model: str, steps: int, part: str = "train") -> None:
+        """Contrastive training of `model` into `name`, unless it is there."""
+        output = self.folder / name
+        if (output / "model").exists():
+            return
+        tasks = self.tasks
+        config = ContrastConfig(
+            model=str(self.folder / model),
+            output=str(output),
+            pairs={task: str(self.folder / "data" / part / f"{task}.jsonl") for task in tasks},
+            steps=steps,
+            resume=latest_checkpoint(output) is not None,
+            seed=self.config.seed,
+            batch_size=BATCH,
+            task_batch_sizes={t: n for t, n in TASK_BATCHES.items() if t in tasks},
+            task_weights={task: TASK_WEIGHTS[task] for task in tasks},
+            temperature=0.05,
+            token_dropout=0.15,
+            **TRAINING,
+        )
+        with self.timed("stage 2: contrastive training" if name == "contrast" else f"({name})"):
+            contrast(config)
+
+    def _steps(self, steps: int) -> int:
+        return max(1, round(steps * self.config.scale))
+
+    def test_pairs(self, task: str) -> list[Pair]:
+        return list(load_pairs(self.folder / "data/test" / f"{task}.jsonl", task=task))
+
+    def evaluate(self, model: str) -> Scores:
+        embedder = Embedder.from_pretrained(self.folder / model, max_length=TRAINING["max_length"])
+        return {
+            task: evaluate_pool(Pool.of_pairs(self.test_pairs(task)), embedder.encode)
+            for task in self.tasks
+        }
+
+    def baseline(self) -> dict[str, dict[str, float]]:
+        """The CNN + n-gram baseline on the tasks that look for pictures."""
+        results = {}
+        for task in self.tasks:
+            if task in IMAGE_TASKS:
+                train = load_pairs(self.folder / "data/train" / f"{task}.jsonl", task=task)
+                results[task] = run_baseline(list(train), self.test_pairs(task))
+        return results
+
+    def index(self) -> None:
+        """The manual's sections as an index that `moca search` looks in."""
+        output = self.folder / "index"
+        if not output.exists():
+            with self.timed("index"):
+                build_index(EmbedConfig(
+                    model=str(self.folder / "contrast/model"),
+                    source=str(self.folder / "data/documents/manual.parquet"),
+                    output=str(output),
+                    max_length=TRAINING["max_length"],
+                ))  # fmt: skip
+
+
+def quickstart(config: QuickstartConfig) -> Path:
+    """Run every stage that is not done yet; returns the path of the report."""
+    run = Quickstart(config)
+    run.prepare()
+    run.train_stage1()
+    run.train_stage2("contrast", "cpt/model", run._steps(CONTRAST_STEPS))
+    scores = run.stage("evaluation", "metrics.json", lambda: run.evaluate("contrast/model"))
+    baseline = {}
+    if config.baseline:
+        baseline = run.stage("CNN + n-gram baseline", "baseline.json", run.baseline)
+    run.index()
+    return run.report
+
+
+def _differ(earlier: QuickstartConfig, now: QuickstartConfig) -> str:
+    pairs = zip(dataclasses.asdict(earlier).items(), dataclasses.asdict(now).values(), strict=True)
+    return ", ".join(f"{name}: {old!r}, now {new!r}" for (name, old), new in pairs if old != new)
+
+
+def _progress(items: Any, label: str) -> Any:
+    return tqdm(items, label, leave=False)

@@ -1,0 +1,76 @@
+"""`moca eval`: a saved model over held-out pairs, MMEB tasks and BEIR folders, with baselines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from moca.checkpoint import write_file
+from moca.config import ConfigError, EvalConfig
+from moca.data.records import Document
+from moca.data.sources import load_pairs
+from moca.embed import Embedder
+from moca.evaluate import Pool, candidate_precision, chance
+from moca.suites import load_beir, load_mmeb
+
+# Task -> who ("model", "chance", "tf-idf") -> metric -> value from 0 to 1.
+Scores = dict[str, dict[str, dict[str, float]]]
+
+
+def evaluate_model(config: EvalConfig) -> Scores:
+    """Every task of the configuration; written to `config.output` too if that is set.
+
+    Raises:
+        ConfigError: the output exists, or a source is empty.
+    """
+    if config.output and Path(config.output).exists():
+        raise ConfigError(f"output: {config.output} exists; give another file")
+    pools = {}
+    for task, source in config.pairs.items():
+        pairs = list(load_pairs(source, task=task, on_error=config.on_error))
+        if not pairs:
+            raise ConfigError(f"pairs.{task}: {source} holds no pairs")
+        pools[task] = Pool.of_pairs(pairs)
+    pools |= {task: load_beir(folder) for task, folder in config.beir.items()}
+    choices = {task: load_mmeb(file) for task, file in config.mmeb.items()}
+    embedder = Embedder.from_pretrained(
+        config.model, max_length=config.max_length, batch_tokens=config.batch_tokens
+    )
+
+    def embed(documents: list[Document]):
+        return embedder.encode(documents, progress=True)
+
+    scores: Scores = {task: evaluate_pool(pool, embed) for task, pool in pools.items()}
+    for task, pairs in choices.items():
+        result = candidate_precision(embed, pairs)
+        scores[task] = {
+            "model": {"precision@1": result["precision@1"]},
+            "chance": {"precision@1": result["chance"]},
+        }
+    for reason, count in sorted(embedder.counts.items()):
+        print(f"{count} {reason} at max_length {config.max_length}")
+    if config.output:
+        text = json.dumps(scores, indent=1) + "\n"
+        write_file(config.output, lambda path: path.write_text(text, encoding="utf-8"))
+    return scores
+
+
+def evaluate_pool(pool: Pool, embed) -> dict[str, dict[str, float]]:
+    """A model's metrics over a pool with chance and, where both sides have text, TF-IDF."""
+    result = {"model": pool.evaluate(embed), "chance": chance(len(pool.candidates))}
+    if tfidf := pool.tfidf():
+        result["tf-idf"] = tfidf
+    return result
+
+
+def format_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The scores as text, in percent; a dash where a metric does not apply."""
+    names = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@5", "ndcg@10", "precision@1")
+    width = max([len("task"), *map(len, scores)])
+    lines = [f"{'task':<{width}}  {'':<8}" + "".join(f"{name:>12}" for name in names)]
+    for task, rows in scores.items():
+        for who, metrics in rows.items():
+            cells = (f"{100 * metrics[n]:12.1f}" if n in metrics else f"{'-':>12}" for n in names)
+            lines.append(f"{task:<{width}}  {who:<8}" + "".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""A training run: its folder, its log, its checkpoints, and how it stops early."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+from tqdm import tqdm
+
+from moca.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_file
+from moca.config import ConfigError, RunConfig, save_config
+
+CONFIG, LOG = "config.yaml", "log.jsonl"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; a checkpoint to resume from has been written."""
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The processes of this run, in the precision asked for."""
+    # A batch without images leaves the vision tower without gradients on some ranks.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    precision = resolve_precision(config.precision)
+    mixed = {"fp32": "no", "bf16": "bf16"}[precision]
+    return Accelerator(mixed_precision=mixed, kwargs_handlers=[ddp])
+
+
+def resolve_precision(precision: str) -> str:
+    """ "auto" is bf16 where the hardware multiplies it, else fp32."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def check_output(config: RunConfig) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        ConfigError: the folder exists and `resume` is not set, or there is nothing to resume.
+    """
+    folder = Path(config.output)
+    if not config.resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(
+                f"output: {folder} exists; give another folder, or resume=true to go on from its "
+                "newest checkpoint"
+            )
+        return None
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        raise ConfigError(f"resume: no checkpoint found in {folder}")
+    return checkpoint
+
+
+class Run:
+    """The state of one run that outlives a crash.
+
+    Args:
+        config: saved as config.yaml in the run folder.
+        accelerator: only its main process writes.
+        modules, optimizers: what a checkpoint holds.
+        checkpoint: of an earlier start of the same run, or None.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        modules: Mapping[str, nn.Module],
+        optimizers: list[torch.optim.Optimizer],
+        checkpoint: Path | None,
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.modules, self.optimizers = modules, optimizers
+        self.folder = Path(config.output)
+        self.step, self.seconds = 0, 0.0
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, modules=modules, optimizers=optimizers)
+            self.step, self.seconds = state["step"], state["seconds"]
+        self._since = time.monotonic()
+        self._values: dict[str, list[float]] = {}
+        self._shown: dict[str, str] = {}
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(self.folder / CONFIG, lambda path: save_config(config, path))
+            self._trim_log()
+        accelerator.wait_for_everyone()
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, earlier starts counted in."""
+        return self.seconds + time.monotonic() - self._since
+
+    def steps(self, label: str) -> Iterator[int]:
+        """The steps left, with a progress bar; checkpoints when due, at the end and on Ctrl-C.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
+        """
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.step,
+            desc=label,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        with bar, _stop_signal() as asked_to_stop:
+            while self.step < self.config.steps:
+                yield self.step
+                self.step += 1
+                bar.update()
+                stop = self._any_rank(bool(asked_to_stop))
+                due = self.step % self.config.save_every == 0 or self.step == self.config.steps
+                if due or stop:
+                    self.save()
+                if stop and self.step < self.config.steps:
+                    raise Interrupted(
+                        f"stopped after step {self.step}; go on with resume=true output="
+                        f"{self.folder}"
+                    )
+                bar.set_postfix(self._shown, refresh=False)
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Note a step's values; their means are written every `log_every` steps."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(float(value))
+        done = self.step + 1
+        if done % self.config.log_every and done < self.config.steps:
+            return
+        means = {name: sum(seen) / len(seen) for name, seen in self._values.items()}
+        self._values = {}
+        self._shown = {k: f"{v:.3g}" for k, v in means.items() if k.startswith("loss")}
+        if self.accelerator.is_main_process:
+            line = {"step": done, "seconds": round(self.elapsed(), 3), **means}
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Write a checkpoint of the step reached."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.folder,
+                self.step,
+                modules=self.modules,
+                optimizers=self.optimizers,
+                state={"seconds": self.elapsed()},
+                keep=self.config.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        count = torch.tensor([float(flag)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, "sum").item() > 0)
+
+    def _trim_log(self) -> None:
+        """Drop log lines past the step resumed from: they will be written again."""
+        path = self.folder / LOG
+        if not path.exists():
+            return
+        kept = [line for line in read_log(self.folder) if line["step"] <= self.step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; a last line cut by a crash is left out."""
+    lines = []
+    text = (Path(folder) / LOG).read_text(encoding="utf-8")
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            lines.append(json.loads(line))
+    return lines
+
+
+@contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGINT or SIGTERM came. A second one stops at once."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, on_signal) for number in numbers}
+    except ValueError:  # not the main thread: signals go to the program around us
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator on the CPU that depends on all the numbers (seed, step, rank, ...)."""
+    generator = torch.Generator()
+    generator.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, "uint64")[0] >> 1))
+    return generator
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far, GiB: of the GPU in use, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
