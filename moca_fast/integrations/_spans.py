@@ -48,7 +48,7 @@ class MaskRequest:
     batch_size: int
     q_length: int
     kv_length: int
-    q_offset: int | Tensor = 0
+    q_offset: int | Tensor = 0  # a tensor for static caches only
     kv_offset: int = 0
     mask_function: Callable = causal_mask_function
     attention_mask: Tensor | None = None
@@ -73,7 +73,7 @@ class MaskRequest:
             return sliding_window is None
         return self.exact and sliding_window is not None and self.local_size == sliding_window
 
-    def dense(self, device: torch.device) -> Tensor:
+    def dense(self, device: torch.device | str) -> Tensor:
         """(B, Q, K) bool, true where a query sees a key: for masks that `plain` does not know."""
         mask = sdpa_mask(
             batch_size=self.batch_size,
@@ -103,10 +103,14 @@ def request_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> MaskRequest:
-    """The mask interface: keeps what transformers asks for, for the attention function."""
-    return MaskRequest(
+) -> MaskRequest | Tensor:
+    """The mask interface: keeps what transformers asks for, for the attention function.
+
+    For a static cache, which `generate` fills and handles as a tensor, it is the (B, 1, Q, K) mask.
+    """
+    request = MaskRequest(
         batch_size,
         q_length,
         kv_length,
@@ -118,6 +122,10 @@ def request_mask(
         exact=(allow_is_causal_skip or allow_is_bidirectional_skip) and not use_vmap,
         use_vmap=use_vmap,
     )
+    unwritten = isinstance(q_offset, Tensor) or kv_length + kv_offset > q_offset + q_length
+    if unwritten and mask_function is not bidirectional_mask_function:
+        return request.dense(device)[:, None]
+    return request
 
 
 @lru_cache(maxsize=16)

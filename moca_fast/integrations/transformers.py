@@ -219,7 +219,7 @@ def _padded(
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
         return pack_intervals(*dense_intervals(_visible(attention_mask, batch, keys)), keys)
     if isinstance(attention_mask, Tensor):
-        attention_mask = request_mask(
+        attention_mask = MaskRequest(
             batch, queries, keys, keys - queries, attention_mask=attention_mask
         )
     packable = attention_mask is None or attention_mask.attention_mask is None
@@ -228,7 +228,7 @@ def _padded(
     if attention_mask is None:
         if position_ids is None:
             return unmasked(batch, queries, keys, causal, window, device)
-        attention_mask = request_mask(batch, queries, keys)
+        attention_mask = MaskRequest(batch, queries, keys)
     name = (causal, window, device, torch.is_inference_mode_enabled())
     if name not in attention_mask.layouts:
         attention_mask.layouts[name] = _resolve(
