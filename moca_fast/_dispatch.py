@@ -14,6 +14,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" tries them
 
@@ -62,15 +65,35 @@ def _refusal(op: str, backend: str, inputs: tuple) -> str | None:
     return module if isinstance(module, str) else module.unsupported(*inputs)
 
 
-def select(op: str, backend: str, *inputs: object) -> ModuleType:
-    """The module that runs this call. A named backend runs or raises with its reason."""
+@dataclass(frozen=True)
+class Kernel:
+    """A backend's forward and backward, in the dtypes they are given even inside autocast."""
+
+    module: ModuleType
+
+    def forward(self, *inputs: Any) -> Any:
+        with self._as_given(inputs):
+            return self.module.forward(*inputs)
+
+    def backward(self, *inputs: Any) -> Any:
+        with self._as_given(inputs):
+            return self.module.backward(*inputs)
+
+    @staticmethod
+    def _as_given(inputs: tuple) -> torch.autocast:
+        device = next(x.device.type for x in inputs if isinstance(x, torch.Tensor))
+        return torch.autocast(device, enabled=False)
+
+
+def select(op: str, backend: str, *inputs: object) -> Kernel:
+    """The kernel that runs this call. A named backend runs or raises with its reason."""
     if backend != "auto":
         if reason := _refusal(op, backend, inputs):
             raise ValueError(f"moca_fast.{op}: backend {backend!r} cannot run this call: {reason}")
-        return _module(op, backend)
+        return Kernel(_module(op, backend))
     for name in BACKENDS:
         if _refusal(op, name, inputs) is None:
-            return _module(op, name)
+            return Kernel(_module(op, name))
     raise ValueError(f"moca_fast.{op}: no backend runs this call\n{_reasons(op, inputs)}")
 
 

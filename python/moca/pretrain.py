@@ -118,7 +118,7 @@ class PretrainObjective(nn.Module):
     def forward(self, masked: MaskedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden = self.model.hidden_states(masked.batch)
         head = self.model.lm_head_weight
-        mlm = moca_fast.linear_cross_entropy(hidden.to(head.dtype), head, masked.labels)
+        mlm = moca_fast.linear_cross_entropy(hidden, head, masked.labels)
         rows = patch_rows(masked.units, self.per_unit)
         if len(rows):
             pred = self.reconstruct(hidden, masked)

@@ -1,0 +1,152 @@
+"""Checkpoints: whole or not there, verified before use, never at the cost of an earlier one."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import torch as safetensors_torch
+from torch import nn
+
+import moca.checkpoint as checkpoint
+from moca.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    replacing,
+    save_checkpoint,
+    write_file,
+)
+
+
+def trained(steps: int = 2) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    torch.manual_seed(steps)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizers = [torch.optim.Muon(matrices, lr=0.1), torch.optim.AdamW(vectors, lr=0.1)]
+    for _ in range(steps):
+        model(torch.randn(3, 4)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, optimizers
+
+
+def save(folder: Path, step: int, keep: int = 9) -> Path:
+    model, optimizers = trained(step)
+    return save_checkpoint(
+        folder,
+        step,
+        modules={"model": model},
+        optimizers=optimizers,
+        state={"seconds": 1.5},
+        keep=keep,
+    )
+
+
+def load(path: Path, into: tuple | None = None) -> dict:
+    model, optimizers = into or trained(0)
+    return load_checkpoint(path, modules={"model": model}, optimizers=optimizers)
+
+
+def test_round_trip_is_exact(tmp_path):
+    path = save(tmp_path, 3)
+    model, optimizers = trained(0)
+    assert load(path, (model, optimizers)) == {"step": 3, "seconds": 1.5}
+    want_model, want_optimizers = trained(3)
+    for got, want in zip(model.parameters(), want_model.parameters(), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(optimizers, want_optimizers, strict=True):
+        torch.testing.assert_close(got.state_dict(), want.state_dict(), rtol=0, atol=0)
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-00000002", "checkpoint-00000003"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer-0.safetensors", "state.json", "manifest.json"]
+)
+def test_cut_in_half(tmp_path, name):
+    path = save(tmp_path, 2)
+    file = path / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    model, optimizers = trained(0)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(CheckpointError, match=name):
+        load(path, (model, optimizers))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_changed_byte(tmp_path):
+    file = save(tmp_path, 2) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load(file.parent)
+
+
+def test_missing_file(tmp_path):
+    path = save(tmp_path, 2)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        load(path)
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    first = save(tmp_path, 1)
+
+    def full(tensors, path):
+        safetensors_torch.save_file(tensors, path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left.*checkpoint-00000001 is intact"):
+        save(tmp_path, 2)
+    assert latest_checkpoint(tmp_path) == first
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+    load(first)
+
+
+def test_unfinished_folder_is_no_checkpoint(tmp_path):
+    first = save(tmp_path, 1)
+    (tmp_path / ".checkpoint-00000002.partial-123").mkdir()
+    (tmp_path / "checkpoint-2").mkdir()
+    assert latest_checkpoint(tmp_path) == first
+
+
+def test_nothing_is_pickled(tmp_path):
+    path = save(tmp_path, 2)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    assert json.loads((path / "state.json").read_text())["step"] == 2
+
+
+def test_replacing_restores_on_error(tmp_path):
+    target = tmp_path / "folder"
+    with replacing(target) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError("stop")
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_write_file_leaves_nothing_half_written(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_file(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -1,0 +1,96 @@
+"""A run's configuration: YAML, overrides, and what is refused before anything heavy loads."""
+
+import dataclasses
+
+import pytest
+
+from moca.config import (
+    ConfigError,
+    ContrastConfig,
+    CptConfig,
+    from_dict,
+    load_config,
+    save_config,
+)
+
+CPT = {"model": "m", "output": "o", "documents": ["d.jsonl"]}
+
+
+def test_yaml_and_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\noutput: o\ndocuments: [a.jsonl]\nlr: 1e-3\nsteps: 5\n")
+    config = load_config(CptConfig, path, ["steps=7", "resume=true", "betas=[0.9, 0.95]"])
+    assert (config.steps, config.lr, config.resume) == (7, 1e-3, True)
+    assert config.betas == [0.9, 0.95]
+    assert config.documents == ["a.jsonl"]
+
+
+def test_nested_override():
+    config = load_config(
+        ContrastConfig,
+        None,
+        ["model=m", "output=o", "pairs.gloss=g.jsonl", "task_weights.gloss=2", "batch_size=4"],
+    )
+    assert config.pairs == {"gloss": "g.jsonl"}
+    assert config.task_weights == {"gloss": 2.0}
+
+
+def test_saved_config_reads_back(tmp_path):
+    config = from_dict(CptConfig, {**CPT, "steps": 3, "flip": 0.25})
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(CptConfig, tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lerning_rate": 1.0}, "unknown key 'lerning_rate'"),
+        ({"stpes": 5}, "did you mean 'steps'"),
+        ({"steps": "many"}, "steps: expected int, got 'many'"),
+        ({"steps": 1.5}, "steps: expected int, got 1.5"),
+        ({"steps": True}, "steps: expected int, got True"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"resume": "yes please"}, "resume: expected bool"),
+        ({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"),
+        ({"mlm_probability": 1.4}, "mlm_probability: expected 0 to 1, got 1.4"),
+        ({"lr": float("nan")}, "lr: expected more than 0"),
+        ({"betas": [0.9]}, "betas: expected two numbers"),
+        ({"documents": []}, "documents: expected at least one source"),
+        ({"documents": "a.jsonl"}, "documents: expected list"),
+    ],
+)
+def test_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(CptConfig, {**CPT, **values})
+
+
+def test_missing_key():
+    with pytest.raises(ConfigError, match="missing key 'output'"):
+        from_dict(CptConfig, {"model": "m", "documents": ["d"]})
+
+
+def test_task_of_weights_must_exist():
+    values = {"model": "m", "output": "o", "pairs": {"emoji": "e"}, "task_weights": {"emojy": 1}}
+    with pytest.raises(ConfigError, match=r"task_weights: no such task 'emojy'; did you mean 'emoji'"):
+        from_dict(ContrastConfig, values)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "\tx: 1"])
+def test_file_that_is_no_config(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(CptConfig, path)
+
+
+@pytest.mark.parametrize("override", ["steps", "=5", "betas.x=1"])
+def test_override_that_is_none(override):
+    with pytest.raises(ConfigError):
+        load_config(CptConfig, None, ["model=m", "output=o", "documents=[d]", "betas=5", override])
+
+
+def test_defaults_are_valid():
+    """Defaults build a valid config of every kind once the required keys are there."""
+    for cls, values in ((CptConfig, CPT), (ContrastConfig, {**CPT, "pairs": {"t": "p"}})):
+        known = {f.name for f in dataclasses.fields(cls)}
+        assert from_dict(cls, {k: v for k, v in values.items() if k in known})
