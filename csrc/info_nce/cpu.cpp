@@ -1,0 +1,114 @@
+// The scores of common/softmax_scores.h are query . document / temperature here. Hard negatives
+// are K more scores of a row, made and differentiated apart.
+#include "info_nce/info_nce.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "common/softmax_scores.h"
+
+namespace moca::MOCA_ISA {
+namespace {
+
+template <typename T>
+Scores<T> scores(const InfoNceParams& p) {
+  for (int64_t b = 0; b < p.queries; ++b)
+    if (p.target[b] < 0 || p.target[b] >= p.documents)
+      throw std::out_of_range("moca_fast.info_nce: target[" + std::to_string(b) +
+                              "]: expected 0 to " + std::to_string(p.documents - 1) + ", got " +
+                              std::to_string(p.target[b]));
+  Scores<T> s{};
+  s.x = static_cast<const T*>(p.query);
+  s.w = static_cast<const T*>(p.document);
+  s.target = p.target;
+  s.row_ids = p.query_ids;
+  s.col_ids = p.document_ids;
+  s.rows = p.queries;
+  s.cols = p.documents;
+  s.dim = p.dim;
+  s.divisor = *p.temperature;
+  s.threads = p.threads;
+  return s;
+}
+
+template <typename T>
+float hard_score(const InfoNceParams& p, int64_t b, int64_t k) {
+  const T* query = static_cast<const T*>(p.query) + b * p.dim;
+  const T* hard = static_cast<const T*>(p.hard_negatives) + (b * p.hard + k) * p.dim;
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < p.dim; ++d) sum += to_float(query[d]) * to_float(hard[d]);
+  return sum / *p.temperature;
+}
+
+// Adds what hard negative k of query b gives to the gradients, and returns score * d_score.
+template <typename T>
+double differentiate_hard(const InfoNceParams& p, int64_t b, int64_t k, float* d_query) {
+  const float score = hard_score<T>(p, b, k);
+  const float high = static_cast<float>(p.lse[b]), low = static_cast<float>(p.lse[b] - high);
+  const float d_score = exp_lane((score - high) - low) * p.d_loss[b];
+  const float d_dot = d_score / *p.temperature;
+  const int64_t offset = (b * p.hard + k) * p.dim;
+  const T* query = static_cast<const T*>(p.query) + b * p.dim;
+  const T* hard = static_cast<const T*>(p.hard_negatives) + offset;
+  if (d_query)
+#pragma omp simd
+    for (int64_t d = 0; d < p.dim; ++d) d_query[d] += d_dot * to_float(hard[d]);
+  if (p.d_hard_negatives) {
+    T* d_hard = static_cast<T*>(p.d_hard_negatives) + offset;
+#pragma omp simd
+    for (int64_t d = 0; d < p.dim; ++d) d_hard[d] = from_float<T>(d_dot * to_float(query[d]));
+  }
+  return double{d_score} * score;
+}
+
+}  // namespace
+
+void info_nce_forward(const InfoNceParams& p) {
+  visit(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    std::vector<RowStats> stats(p.queries);
+    softmax_forward(scores<T>(p), stats);
+    parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
+      for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
+        for (int64_t k = 0; k < p.hard; ++k) {
+          float score = hard_score<T>(p, b, k);
+          fold(stats[b], &score, 1);
+        }
+        p.loss[b] = stats[b].loss();
+        p.lse[b] = stats[b].lse();
+      }
+    });
+  });
+}
+
+void info_nce_backward(const InfoNceParams& p) {
+  visit(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Scores<T> s = scores<T>(p);
+    const Buffer d_x(p.d_query ? p.queries * p.dim : 0);
+    std::vector<double> moment(p.queries);
+    ScoreGradients<T> g{};
+    g.lse = p.lse;
+    g.d_loss = p.d_loss;
+    g.d_x = p.d_query ? d_x.get() : nullptr;
+    g.d_w = static_cast<T*>(p.d_document);
+    g.moment = p.d_temperature ? moment.data() : nullptr;
+    if (g.d_x || g.d_w || g.moment) softmax_backward(s, g);
+    parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
+      for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
+        float* d_query = g.d_x ? g.d_x + b * p.dim : nullptr;
+        for (int64_t k = 0; k < p.hard; ++k) moment[b] += differentiate_hard<T>(p, b, k, d_query);
+        if (!d_query) continue;
+        T* to = static_cast<T*>(p.d_query) + b * p.dim;
+        for (int64_t d = 0; d < p.dim; ++d) to[d] = from_float<T>(d_query[d]);
+      }
+    });
+    if (!p.d_temperature) return;
+    double sum = 0.0;
+    for (double value : moment) sum += value;
+    *p.d_temperature = static_cast<float>(-sum / *p.temperature);
+  });
+}
+
+}  // namespace moca::MOCA_ISA

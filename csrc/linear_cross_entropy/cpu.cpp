@@ -1,0 +1,74 @@
+// The scores of common/softmax_scores.h are logits here: x is hidden, w the weight.
+#include "linear_cross_entropy/linear_cross_entropy.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "common/softmax_scores.h"
+
+namespace moca::MOCA_ISA {
+namespace {
+
+// The problem, once its rows and labels are known to lie inside their tensors.
+template <typename T>
+Scores<T> scores(const LinearCrossEntropyParams& p) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const int64_t row = p.index[i];
+    if (row < 0 || row >= p.tokens)
+      throw std::out_of_range("moca_fast.linear_cross_entropy: row index past the tokens");
+    if (p.labels[row] < 0 || p.labels[row] >= p.vocabulary)
+      throw std::out_of_range("moca_fast.linear_cross_entropy: labels[" + std::to_string(row) +
+                              "]: expected 0 to " + std::to_string(p.vocabulary - 1) +
+                              " or the ignored label, got " + std::to_string(p.labels[row]));
+  }
+  Scores<T> s{};
+  s.x = static_cast<const T*>(p.hidden);
+  s.w = static_cast<const T*>(p.weight);
+  s.bias = static_cast<const T*>(p.bias);
+  s.index = p.index;
+  s.target = p.labels;
+  s.rows = p.rows;
+  s.cols = p.vocabulary;
+  s.dim = p.dim;
+  s.divisor = 1.0f;
+  s.threads = p.threads;
+  return s;
+}
+
+}  // namespace
+
+void linear_cross_entropy_forward(const LinearCrossEntropyParams& p) {
+  visit(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    std::vector<RowStats> stats(p.rows);
+    softmax_forward(scores<T>(p), stats);
+    for (int64_t i = 0; i < p.rows; ++i) {
+      p.loss[p.index[i]] = stats[i].loss();
+      p.lse[p.index[i]] = stats[i].lse();
+    }
+  });
+}
+
+void linear_cross_entropy_backward(const LinearCrossEntropyParams& p) {
+  visit(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Scores<T> s = scores<T>(p);
+    const Buffer d_x(p.d_hidden ? p.rows * p.dim : 0);
+    ScoreGradients<T> g{};
+    g.lse = p.lse;
+    g.d_loss = p.d_loss;
+    g.d_x = p.d_hidden ? d_x.get() : nullptr;
+    g.d_w = static_cast<T*>(p.d_weight);
+    g.d_bias = static_cast<T*>(p.d_bias);
+    softmax_backward(s, g);
+    if (!p.d_hidden) return;
+    parallel_for(ceil_div(p.rows, kBlock), p.threads, [&](int64_t block, int) {
+      for (int64_t i = block * kBlock; i < std::min(p.rows, (block + 1) * kBlock); ++i) {
+        T* to = static_cast<T*>(p.d_hidden) + p.index[i] * p.dim;
+        for (int64_t d = 0; d < p.dim; ++d) to[d] = from_float<T>(d_x.get()[i * p.dim + d]);
+      }
+    });
+  });
+}
+
+}  // namespace moca::MOCA_ISA

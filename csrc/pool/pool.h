@@ -1,0 +1,25 @@
+// pool: B documents, T packed tokens, D dim.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace moca {
+
+struct PoolParams {
+  const void* hidden;         // (T, D)
+  const int32_t* cu_seqlens;  // (B + 1,)
+  float* pooled;              // (B, D) forward, and backward reads it
+  float* norm;                // (B,) forward: what was divided by; backward reads it
+  const float* d_pooled;      // (B, D) backward
+  void* d_hidden;             // (T, D) backward
+  int64_t documents, tokens, dim;
+  DType dtype;
+  bool mean, normalize;
+  int threads;
+};
+
+}  // namespace moca
+
+MOCA_KERNEL(pool_forward, PoolParams)
+MOCA_KERNEL(pool_backward, PoolParams)
