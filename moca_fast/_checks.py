@@ -21,11 +21,11 @@ def check_tensor(
     where = f"moca_fast.{op}: {name}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: expected a tensor, got {type(value).__name__}")
-    expected = f"({', '.join(str(s) for s in shape)}{',' if len(shape) == 1 else ''})"
     fits = value.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
     )
     if not fits:
+        expected = f"({', '.join(str(s) for s in shape)}{',' if len(shape) == 1 else ''})"
         raise ValueError(f"{where}: expected shape {expected}, got {tuple(value.shape)}")
     if value.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)

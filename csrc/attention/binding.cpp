@@ -30,9 +30,9 @@ void check(const moca::Spans& spans, int64_t num_keys) {
     moca::require(tile.row_begin == row && tile.row_end > row && tile.row_end <= spans.size,
                   "attention: the tiles do not cover the rows in order");
     row = tile.row_end;
-    moca::require(tile.key_begin == spans.start[tile.row_begin] &&
-                      tile.key_end == spans.end[row - 1],
-                  "attention: a tile's keys do not match its rows");
+    moca::require(
+        tile.key_begin == spans.start[tile.row_begin] && tile.key_end == spans.end[row - 1],
+        "attention: a tile's keys do not match its rows");
   }
   moca::require(row == spans.size, "attention: the tiles do not cover all rows");
 }
@@ -69,8 +69,8 @@ moca::AttentionParams params(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t ou
 }  // namespace
 
 MOCA_BINDING(attention, m) {
-  py::class_<moca::Spans>(m, "Spans").def(py::init(&spans), py::kw_only(), "start"_a, "end"_a,
-                                          "tiles"_a, "size"_a, "max_tiles"_a);
+  py::class_<moca::Spans>(m, "Spans")
+      .def(py::init(&spans), py::kw_only(), "start"_a, "end"_a, "tiles"_a, "size"_a, "max_tiles"_a);
   py::class_<moca::AttentionParams>(m, "AttentionParams")
       .def(py::init(&params), py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "q_strides"_a,
            "k_strides"_a, "v_strides"_a, "queries"_a, "keys"_a, "heads"_a, "kv_heads"_a, "dim"_a,

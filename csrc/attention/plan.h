@@ -25,7 +25,8 @@ inline void check_spans(const int32_t* start, const int32_t* end, int64_t size, 
 
 class TilePlanner {
  public:
-  TilePlanner(const int32_t* start, const int32_t* end, int64_t rows, Tile* tiles, int64_t max_tiles)
+  TilePlanner(const int32_t* start, const int32_t* end, int64_t rows, Tile* tiles,
+              int64_t max_tiles)
       : start_(start), end_(end), rows_(rows), tiles_(tiles), max_tiles_(max_tiles) {}
 
   // Slices of long documents, and runs of whole short ones; never a mixture, so that what a long

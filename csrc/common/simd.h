@@ -1,0 +1,150 @@
+// Vectors of float32 in the vector extension of GCC and Clang: the same code for every
+// instruction set. `Lanes` is as wide as the set's registers.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#include "common/dtype.h"
+
+namespace moca::MOCA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Lanes __attribute__((vector_size(sizeof(float) * kLanes), may_alias)) = float;
+using LooseLanes __attribute__((vector_size(sizeof(float) * kLanes), aligned(4), may_alias)) =
+    float;
+using IntLanes __attribute__((vector_size(sizeof(int32_t) * kLanes), may_alias)) = int32_t;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Uninitialised floats on a cache line boundary.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(size + 1, 16) * sizeof(float)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  float* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+inline Lanes load(const float* from) { return *reinterpret_cast<const LooseLanes*>(from); }
+inline void store(float* to, Lanes x) { *reinterpret_cast<LooseLanes*>(to) = x; }
+inline Lanes broadcast(float x) { return Lanes{} + x; }
+
+inline Lanes load(const bfloat16* from) {
+  using Half __attribute__((vector_size(sizeof(uint16_t) * kLanes))) = uint16_t;
+  Half half;
+  std::memcpy(&half, from, sizeof half);
+  return reinterpret_cast<Lanes>(__builtin_convertvector(half, IntLanes) << 16);
+}
+
+inline Lanes load(const float16* from) {
+  Lanes x;
+#if defined(__AVX512F__)
+  // The plain form reads an undefined register in the headers of GCC 12, which then warns.
+  x = reinterpret_cast<Lanes>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+  x = reinterpret_cast<Lanes>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(from[i]);
+#endif
+  return x;
+}
+
+// The first `count` elements (fewer than kLanes), then zeros.
+template <typename T>
+Lanes load_some(const T* from, int64_t count) {
+  T padded[kLanes] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
+inline float largest(Lanes x) {
+  float y = x[0];
+  for (int i = 1; i < kLanes; ++i) y = x[i] > y ? x[i] : y;
+  return y;
+}
+
+inline float sum_of(Lanes x) {
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+// exp(x) for x up to 88, to about one unit in the last place; 0 below -87.3 (no subnormals); NaN
+// stays NaN. x = n log 2 + r with |r| <= log(2) / 2, and a polynomial in r.
+inline Lanes exp_lanes(Lanes x) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;  // exact n * kLog2High
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  constexpr float kLowest = -87.3f;
+  const Lanes shifted = x * kLog2E + kRound;
+  const Lanes n = shifted - kRound;
+  const Lanes r = (x - n * kLog2High) - n * kLog2Low;
+  Lanes y = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+  y = y * r + 1.0f / 120.0f;
+  y = y * r + 1.0f / 24.0f;
+  y = y * r + 1.0f / 6.0f;
+  y = y * r + 0.5f;
+  y = y * (r * r) + r + 1.0f;
+  const IntLanes exponent = (reinterpret_cast<IntLanes>(shifted) - (0x4b400000 - 127)) << 23;
+  y *= reinterpret_cast<Lanes>(exponent);
+  return x < kLowest ? Lanes{} : y;
+}
+
+namespace detail {
+
+// Swaps the off-diagonal halves of the 2 x 2 blocks of `Step` rows and columns.
+template <std::size_t Step, std::size_t... I>
+inline void swap_blocks(Lanes& a, Lanes& b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const Lanes top = __builtin_shufflevector(a, b, ((I & Step) ? kLanes + I - Step : I)...);
+  const Lanes bottom = __builtin_shufflevector(a, b, ((I & Step) ? kLanes + I : I + Step)...);
+#else
+  const Lanes top = __builtin_shuffle(a, b, IntLanes{((I & Step) ? kLanes + I - Step : I)...});
+  const Lanes bottom = __builtin_shuffle(a, b, IntLanes{((I & Step) ? kLanes + I : I + Step)...});
+#endif
+  a = top;
+  b = bottom;
+}
+
+template <std::size_t Step>
+inline void transpose_from(Lanes (&x)[kLanes]) {
+  if constexpr (Step < kLanes) {
+#pragma GCC unroll 16
+    for (std::size_t i = 0; i < kLanes; ++i)
+      if (!(i & Step)) swap_blocks<Step>(x[i], x[i + Step], std::make_index_sequence<kLanes>());
+    transpose_from<2 * Step>(x);
+  }
+}
+
+}  // namespace detail
+
+// Turns kLanes rows into kLanes columns.
+inline void transpose(Lanes (&x)[kLanes]) { detail::transpose_from<1>(x); }
+
+}  // namespace moca::MOCA_ISA
