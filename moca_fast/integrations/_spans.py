@@ -75,11 +75,11 @@ class MaskRequest:
 
     def dense(self, device: torch.device | str) -> Tensor:
         """(B, Q, K) bool, true where a query sees a key: for masks that `plain` does not know."""
-        mask = sdpa_mask(
+        mask: Any = sdpa_mask(
             batch_size=self.batch_size,
             q_length=self.q_length,
             kv_length=self.kv_length,
-            q_offset=self.q_offset,
+            q_offset=self.q_offset,  # type: ignore[arg-type]  # a tensor where it passes one
             kv_offset=self.kv_offset,
             mask_function=self.mask_function,
             attention_mask=self.attention_mask,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,13 +104,8 @@ def attention_forward(
     else:
         positions = kwargs.get("position_ids")
         layout = _padded(module, query, key, attention_mask, causal, sliding_window, positions)
-    out = attention(
-        _rows(query, layout.queries),
-        _rows(key, layout.keys),
-        _rows(value, layout.keys),
-        layout.mask,
-        softmax_scale=scaling,
-    )
+    rows = _rows(query, layout.queries), _rows(key, layout.keys), _rows(value, layout.keys)
+    out = cast(Tensor, attention(*rows, layout.mask, softmax_scale=scaling))
     if layout.queries is not None:
         out = out.new_zeros(batch * queries, heads, dim).index_copy(0, layout.queries, out)
     return out.view(batch, queries, heads, dim), None

@@ -140,7 +140,7 @@ class MocaModel(nn.Module):
         )
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         """The text tower: `.layers`, `.embed_tokens`, `.norm`, `.rotary_emb`."""
         return self.vlm.model.language_model
 
@@ -327,7 +327,8 @@ def build_model(
         config: for example of `tiny_config`.
         tokenizer, image_settings, kwargs: as for `MocaModel`.
     """
-    for part in (config, config.get_text_config(), config.vision_config):
+    parts: tuple[Any, ...] = (config, config.get_text_config(), config.vision_config)
+    for part in parts:
         part.initializer_range = init_std
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

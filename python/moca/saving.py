@@ -131,9 +131,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     )
     trained.train_from_iterator(map(_without_specials, texts), trainer)
     model = json.loads(trained.to_str())["model"]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
     return Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=merges,
         mask_token=MASK_TOKEN,
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token != MASK_TOKEN],
         chat_template=CHAT_TEMPLATE,
@@ -147,20 +148,22 @@ def _without_specials(text: str) -> str:
 
 
 def add_mask_token(vlm: PreTrainedModel, tokenizer: Any) -> None:
-    """Give the tokenizer a mask token and the model a row for it: the mean of all rows.
+    """Give the tokenizer a mask token and the model a row for it: the mean of the other rows.
 
     Does nothing if there is a mask token. Embeddings grow only when no spare row is left.
     """
     if tokenizer.mask_token is not None:
         return
+    used = len(tokenizer)
     tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    rows = vlm.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    embedding: Any = vlm.get_input_embeddings()
+    if len(tokenizer) > embedding.weight.shape[0]:
         vlm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = {id(table.weight): table.weight for table in _tables(vlm)}
     with torch.no_grad():
         for weight in tables.values():
-            weight[tokenizer.mask_token_id] = weight[:rows].float().mean(dim=0).to(weight.dtype)
+            mean = weight[:used].mean(dim=0, dtype=torch.float32)
+            weight[tokenizer.mask_token_id] = mean.to(weight.dtype)
 
 
 def _tables(vlm: PreTrainedModel) -> list[Any]:

@@ -459,6 +459,23 @@ def test_text_boundaries_in_an_unpacked_vision_tower_are_refused():
         )
 
 
+def test_compiles_without_graph_breaks():
+    model = make_bidirectional(build(Qwen2ForCausalLM, Qwen2Config(**SMALL), "moca_fast")).model
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    inputs = {"position_ids": positions, "use_cache": False, **packed_kwargs(bounds)}
+    want = model(random_ids(1, 9), **inputs)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = compiled(random_ids(1, 9), **inputs)[0]
+    torch.testing.assert_close(got, want)
+    got.square().sum().backward()
+    gradient = model.embed_tokens.weight.grad
+    model.embed_tokens.weight.grad = None
+    want.square().sum().backward()
+    torch.testing.assert_close(gradient, model.embed_tokens.weight.grad)
+
+
 def test_packed_kwargs():
     kwargs = packed_kwargs(torch.tensor([0, 2, 9], dtype=torch.int32))
     assert kwargs["max_length_q"] == kwargs["max_length_k"] == 7
