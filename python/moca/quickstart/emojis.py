@@ -23,7 +23,9 @@ SIDE = 64
 TEST_SHARE = 0.15
 
 _VARIATION_SELECTOR = 0xFE0F
-_FLAGS = "flags"
+_FLAGS, _TOGETHER = "flags", "several people"
+# Groups of hundreds of pictures that hardly differ: one alone would fill the test.
+_ALWAYS_TRAINING = frozenset({_FLAGS, _TOGETHER})
 _FLAG_SIGNS = frozenset("\U0001f3f3\U0001f3f4\U0001f6a9\U0001f38c\U0001f3c1")
 
 
@@ -55,33 +57,22 @@ _PERSON = {
     int(code, 16): int(group.split()[0], 16) for group in _SAME_PERSON for code in group.split()
 }
 _ADULT, _CHILD = 0x1F9D1, 0x1F9D2
-_SINGLE_SIGNS = {
-    # Signs of their own for what is also written as a sequence of people.
-    0x1F46A: "family",
-    0x1F48F: "kiss",
-    0x1F491: "couple",
-    0x1F46B: "holding hands",
-    0x1F46C: "holding hands",
-    0x1F46D: "holding hands",
-}
+# Signs of their own for what is also written as a sequence of people.
+_TOGETHER_SIGNS = _code_points("1F46A 1F46B 1F46C 1F46D 1F48F 1F491")
 
 
 def family(emoji: str) -> str:
-    """The name of the group of variants an emoji belongs to; all flags are one group."""
+    """The name of the group of variants an emoji belongs to.
+
+    All flags are one group; so are all pictures of several people (couples, kisses, families).
+    """
     codes = [ord(character) for character in emoji]
     if any(0x1F1E6 <= code <= 0x1F1FF for code in codes) or emoji[0] in _FLAG_SIGNS:
         return _FLAGS
     base = [_PERSON.get(code, code) for code in codes if code not in _VARIANT_MARKS]
-    if len(base) == 1 and base[0] in _SINGLE_SIGNS:
-        return _SINGLE_SIGNS[base[0]]
-    people = [code for code in base if code in (_ADULT, _CHILD)]
-    if len(people) > 1 and len(people) == len(base):
-        return "family"
-    if len(people) > 1:
-        between = {code for code in base if code not in (_ADULT, _CHILD)}
-        if 0x1F48B in between:
-            return "kiss"
-        return "couple" if 0x2764 in between else "holding hands"
+    people = sum(code in (_ADULT, _CHILD) for code in base)
+    if people > 1 or (base and base[0] in _TOGETHER_SIGNS):
+        return _TOGETHER
     if base == [_ADULT, 0x1F384]:
         base = [0x1F385]
     # A tone alone is a sign too.
@@ -198,7 +189,7 @@ def emoji_pairs(
     for sign in images:
         families[family(sign)].append(sign)
     held: set[str] = set()
-    for name in sorted(families.keys() - {_FLAGS}, key=rank):
+    for name in sorted(families.keys() - _ALWAYS_TRAINING, key=rank):
         if len(held) + len(families[name]) <= round(test_share * len(images)):
             held.update(families[name])
     train, test = [], []
