@@ -1,4 +1,4 @@
-"""The report's charts, as inline SVG: curves of a log, a heat-map, and a bar of shares.
+"""The report's charts: curves of a log, as inline SVG, and a bar of shares.
 
 Colours are variables of the page's style, so that charts follow light and dark mode.
 """
@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moca.quickstart.page import duration, esc, missing, number, shorten, thumbnail
-from moca.quickstart.report_data import Item, Similarity
+from moca.quickstart.page import duration, esc, missing, number
 
 PALETTE = 8
-MAX_ROWS = 24
 
-_WIDTH, _HEIGHT = 360, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 34
+_WIDTH, _HEIGHT = 280, 180
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 34
 # Points drawn of one curve; more cannot be told apart at the width of a chart.
 _POINTS = 600
 # Share of a curve that its smoothing looks at.
@@ -25,7 +23,13 @@ _SMOOTHING = 0.08
 
 
 def curve(
-    title: str, steps: Sequence[float], values: Sequence[float], *, tone: int, digits: int = 3
+    title: str,
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    tone: int,
+    digits: int = 3,
+    smoothing: bool = True,
 ) -> str:
     """A figure with a value over steps: the raw line, faint, and a smoothed one.
 
@@ -34,6 +38,7 @@ def curve(
         steps, values: of equal length; where a value is not finite the line has a gap and a mark.
         tone: number of the colour.
         digits: after the point, in the caption.
+        smoothing: False for a value that has no noise: one line, as it is.
     """
     x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     x, y = x[np.isfinite(x)], y[np.isfinite(x)]
@@ -41,13 +46,14 @@ def curve(
     if not finite.any():
         what = "no values were logged" if not len(y) else f"none of {len(y)} values is finite"
         return _figure(title, what, missing(f"{esc(title)}: {what}."))
-    smooth = smoothed(y[finite])
+    smooth = smoothed(y[finite]) if smoothing else y[finite]
     low, high = _limits(y[finite], smooth)
     left, right = float(x.min()), float(x.max())
     to_x = _scale(left, right, _LEFT, _WIDTH - _RIGHT)
     to_y = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
-    inner = _line("raw", to_x(x), to_y(np.where(finite, y, np.nan)))
-    inner += _line("smooth", to_x(x[finite]), to_y(smooth))
+    inner = _line("smooth", to_x(x[finite]), to_y(smooth))
+    if smoothing:
+        inner = _line("raw", to_x(x), to_y(np.where(finite, y, np.nan))) + inner
     end = to_x(x[finite])[-1], to_y(smooth)[-1]
     marks = "".join(
         f'<text class="broken" x="{place:.1f}" y="{_TOP + 12}" text-anchor="middle">×</text>'
@@ -60,7 +66,8 @@ def curve(
         f'{_WIDTH - _RIGHT - _LEFT} {_HEIGHT - _BOTTOM - _TOP}">{inner}</svg>'
         f'<circle class="dot" cx="{end[0]:.1f}" cy="{end[1]:.1f}" r="3"/>{marks}'
     )
-    note = f"{number(smooth[0], digits)} → {number(smooth[-1], digits)}"
+    shown = [number(value, digits) for value in (smooth[0], smooth.max(), smooth[-1])]
+    note = f"{shown[0]} → {shown[2]}" if smoothing else f"at most {shown[1]}"
     broken = int((~finite).sum())
     if broken:
         note += f"; {broken} not finite (×)"
@@ -97,13 +104,10 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 def tick_text(value: float) -> str:
     """A tick's number, short."""
     size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:g}M"
-    if size >= 1e4:
-        return f"{value / 1e3:g}k"
-    if size < 1e-12:
-        return "0"
-    return f"{value:.3g}".replace("e-0", "e-").replace("-", "−")
+    if 0 < size < 0.01:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("-", "−")
+    unit, name = next(u for u in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, "")) if size >= u[0])
+    return f"{value / (unit or 1):.4g}{name}".replace("-", "−")
 
 
 def _figure(title: str, note: str, body: str) -> str:
@@ -162,121 +166,6 @@ def _axes(x_range: tuple[float, float], y_range: tuple[float, float], to_x, to_y
     parts.append(
         f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>'
         f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>'
-    )
-    return "".join(parts)
-
-
-_CELL, _ROW_LABEL, _COLUMN_LABEL, _OVERHANG = 24, 232, 112, 84
-
-
-def heat_map(similarity: Similarity) -> str:
-    """A figure with the cosines of queries (rows) and documents (columns).
-
-    The cell of the right answer is outlined, the best of each row has a dot.
-    """
-    scores = np.asarray(similarity.scores, np.float64)
-    rows = min(len(similarity.queries), len(similarity.documents), MAX_ROWS)
-    if scores.ndim != 2 or min(scores.shape) < rows or not rows:
-        return missing(
-            f"{esc(similarity.name)}: no heat-map, {len(similarity.queries)} queries and "
-            f"{len(similarity.documents)} documents with scores of shape {scores.shape}."
-        )
-    scores = scores[:rows, :rows]
-    finite = np.isfinite(scores)
-    low, high = (scores[finite].min(), scores[finite].max()) if finite.any() else (0.0, 1.0)
-    depth = (scores - low) / (high - low) if high > low else np.where(finite, 0.5, np.nan)
-    best = np.where(finite, scores, -np.inf).argmax(axis=1)
-    found = int(((best == np.arange(rows)) & finite.any(axis=1)).sum())
-    said = f"{found} of {rows} queries have their own document first"
-    side = rows * _CELL
-    width, height = _ROW_LABEL + side + _OVERHANG, _COLUMN_LABEL + side + 52
-    parts = [_row_label(item, i) for i, item in enumerate(similarity.queries[:rows])]
-    parts += [_column_label(item, i) for i, item in enumerate(similarity.documents[:rows])]
-    for row in range(rows):
-        parts += [_cell(row, column, scores, depth) for column in range(rows)]
-        if finite[row].any():
-            x, y = _ROW_LABEL + (best[row] + 0.5) * _CELL, _COLUMN_LABEL + (row + 0.5) * _CELL
-            parts.append(f'<circle class="best" cx="{x}" cy="{y}" r="3.5"/>')
-    parts += [
-        f'<rect class="right" x="{_ROW_LABEL + i * _CELL + 1}" y="{_COLUMN_LABEL + i * _CELL + 1}" '
-        f'width="{_CELL - 2}" height="{_CELL - 2}"/>'
-        for i in range(rows)
-    ]
-    label = f"{similarity.name}: cosine of {rows} queries with {rows} documents; {said}"
-    return (
-        f"<h3>{esc(similarity.name)}</h3>"
-        f'<figure class="heat"><figcaption>{said}.</figcaption><div class="scroll" tabindex="0">'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{esc(label)}">'
-        f"{''.join(parts)}{_legend(low, high, _COLUMN_LABEL + side + 18)}</svg></div></figure>"
-    )
-
-
-def _cell(row: int, column: int, scores: np.ndarray, depth: np.ndarray) -> str:
-    x, y = _ROW_LABEL + column * _CELL, _COLUMN_LABEL + row * _CELL
-    value = scores[row, column]
-    title = f"<title>query {row + 1}, document {column + 1}: {number(value, 3)}</title>"
-    if not math.isfinite(value):
-        return (
-            f'<text class="broken" x="{x + _CELL / 2}" y="{y + 17}" text-anchor="middle">'
-            f"×{title}</text>"
-        )
-    return (
-        f'<rect class="cell" x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" '
-        f'fill-opacity="{depth[row, column]:.3f}">{title}</rect>'
-    )
-
-
-def _row_label(item: Item, row: int) -> str:
-    y = _COLUMN_LABEL + row * _CELL
-    head = f'<text x="{_ROW_LABEL - 6}" y="{y + 16}" text-anchor="end">'
-    if item.text.strip():
-        return f"{head}<title>{esc(item.text)}</title>{esc(shorten(item.text, 36))}</text>"
-    uri = thumbnail(item, 2 * _CELL)
-    if uri:
-        return _image(uri, _ROW_LABEL - 6 - _CELL, y, f"query {row + 1}")
-    return f"{head}query {row + 1}</text>"
-
-
-def _column_label(item: Item, column: int) -> str:
-    x, y = _ROW_LABEL + column * _CELL, _COLUMN_LABEL - 5
-    if not item.text.strip():
-        uri = thumbnail(item, 2 * _CELL)
-        if uri:
-            return _image(uri, x, y - _CELL + 2, f"document {column + 1}")
-    shown = item.text.strip() or f"document {column + 1}"
-    return (
-        f'<text transform="translate({x + _CELL / 2 + 4} {y}) rotate(-50)">'
-        f"<title>{esc(shown)}</title>{esc(shorten(shown, 22))}</text>"
-    )
-
-
-def _image(uri: str, x: float, y: float, name: str) -> str:
-    side = _CELL - 2
-    return (
-        f'<image x="{x + 1}" y="{y + 1}" width="{side}" height="{side}" href="{uri}" '
-        f'role="img" aria-label="{name}"/>'
-    )
-
-
-def _legend(low: float, high: float, y: int) -> str:
-    """The colours from the lowest to the highest score, and what the marks mean."""
-    blocks = 24
-    parts = [
-        f'<rect x="{_ROW_LABEL + i * 6}" y="{y}" width="6" height="12" fill="var(--heat)" '
-        f'fill-opacity="{i / (blocks - 1):.3f}"/>'
-        for i in range(blocks)
-    ]
-    end = _ROW_LABEL + blocks * 6
-    parts.append(
-        f'<rect x="{_ROW_LABEL}" y="{y}" width="{blocks * 6}" height="12" fill="none" '
-        f'class="grid"/>'
-        f'<text x="{_ROW_LABEL - 6}" y="{y + 10}" text-anchor="end">cosine</text>'
-        f'<text x="{_ROW_LABEL}" y="{y + 26}">{number(low, 2)}</text>'
-        f'<text x="{end}" y="{y + 26}" text-anchor="end">{number(high, 2)}</text>'
-        f'<rect class="right" x="{end + 20}" y="{y - 1}" width="14" height="14"/>'
-        f'<text x="{end + 40}" y="{y + 10}">right answer</text>'
-        f'<circle class="best" cx="{end + 128}" cy="{y + 6}" r="3.5"/>'
-        f'<text x="{end + 138}" y="{y + 10}">best of its row</text>'
     )
     return "".join(parts)
 

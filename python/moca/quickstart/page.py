@@ -42,7 +42,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 8px; letter-spacing: -.01e
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 0 0 6px; }
 h3 { font-size: 1.02rem; margin: 22px 0 8px; }
 p { margin: 6px 0 12px; max-width: 75ch; }
-.soft, figcaption, caption, th small { color: var(--soft); }
+.soft, figcaption, th small { color: var(--soft); }
 .small, figcaption { font-size: .875rem; }
 a { color: var(--accent); }
 nav { padding-top: 4px; font-size: .9rem; }
@@ -55,13 +55,15 @@ pre { background: var(--page); border: 1px solid var(--rule); border-radius: 6px
   14px; padding: 10px 12px; overflow-x: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; width: 100%; }
-caption { caption-side: bottom; text-align: left; padding-top: 8px; font-size: .875rem; }
+.scroll + p { margin-top: 10px; }
 th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--rule);
   font-variant-numeric: tabular-nums; vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; }
 th:first-child, td:first-child, .left { text-align: left; }
 .wrap { white-space: normal; min-width: 11em; }
 th[colspan] { padding-top: 16px; white-space: normal; }
+th[colspan] div { position: sticky; left: 10px; width: fit-content;
+  max-width: min(100%, calc(100vw - 72px)); }
 .first td, .first th { background: color-mix(in srgb, var(--accent) 9%, transparent); }
 tbody th[scope=row] { font-weight: 400; } .first th[scope=row] { font-weight: 600; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
@@ -69,22 +71,23 @@ tbody th[scope=row] { font-weight: 400; } .first th[scope=row] { font-weight: 60
   grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); }
 .tile { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: 12px 16px; font-size: .875rem; }
+.tile { display: flex; flex-direction: column; } .tile span:first-child { flex: 1; }
 .tile b { display: block; font-size: 1.9rem; line-height: 1.25; font-weight: 650; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 12px 0;
   font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0; }
 .charts { display: grid; gap: 18px 22px;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 235px), 1fr)); }
 .chart svg, .heat svg { display: block; width: 100%; height: auto; }
-.chart figcaption b { color: var(--ink); }
+.chart figcaption b { color: var(--ink); display: block; }
 svg text { font-family: inherit; fill: var(--soft); font-size: 11px; }
 .axis { stroke: var(--soft); } .grid { stroke: var(--rule); }
 .raw { fill: none; stroke: var(--line); stroke-width: 1; opacity: .38; }
 .smooth { fill: none; stroke: var(--line); stroke-width: 2.2; stroke-linejoin: round; }
 .dot { fill: var(--line); }
 svg .broken { fill: var(--bad); font-size: 13px; }
-.heat svg { min-width: 660px; max-width: 940px; }
+.heat svg { min-width: 780px; }
 .cell { fill: var(--heat); stroke: var(--rule); stroke-width: .5; }
 .right { fill: none; stroke: var(--c1); stroke-width: 2; }
 .best { fill: var(--card); stroke: var(--ink); stroke-width: 1; }
@@ -92,7 +95,7 @@ svg .broken { fill: var(--bad); font-size: 13px; }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 310px), 1fr)); }
 .three { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px; }
 .three span { display: block; font-size: .8rem; color: var(--soft); text-align: center; }
-.three img { width: 100%; border: 1px solid var(--rule); image-rendering: pixelated;
+.three img { width: 100%; height: auto; border: 1px solid var(--rule); image-rendering: pixelated;
   display: block; }
 .search { border-top: 1px solid var(--rule); padding: 14px 0; }
 .search:first-of-type { border-top: 0; }
@@ -107,7 +110,8 @@ svg .broken { fill: var(--bad); font-size: 13px; }
 .hit.answer { border-style: dashed; }
 .hit header { all: unset; display: flex; justify-content: space-between; gap: 4px 8px;
   flex-wrap: wrap; color: var(--soft); font-variant-numeric: tabular-nums; margin-bottom: 6px; }
-.hit img, .query img { display: block; max-width: 100%; max-height: 110px; margin: 0 auto 6px;
+.hit img, .query img { display: block; width: auto; height: auto; max-width: 100%;
+  max-height: 110px; margin: 0 auto 6px;
   background: #fff; border: 1px solid var(--rule); border-radius: 4px; }
 .query img { margin: 0; flex: none; }
 .snippet { display: -webkit-box; -webkit-line-clamp: 5; -webkit-box-orient: vertical;
@@ -197,12 +201,12 @@ def shorten(value: str, width: int) -> str:
 
 
 def table(head: Sequence[str], body: str, caption: str = "") -> str:
-    """A table from column titles, rows and a caption; the rows are HTML."""
+    """A table from column titles, rows and what is said below it; rows and caption are HTML."""
     cells = "".join(f'<th scope="col">{esc(title)}</th>' for title in head)
-    below = f"<caption>{caption}</caption>" if caption else ""
+    below = f'<p class="soft small">{caption}</p>' if caption else ""
     return (
-        f'<div class="scroll" tabindex="0"><table>{below}<thead><tr>{cells}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{cells}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>{below}"
     )
 
 

@@ -10,7 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 
 from moca.checkpoint import write_file
-from moca.quickstart.charts import PALETTE, curve, heat_map, share_bar
+from moca.quickstart.charts import PALETTE, curve, share_bar
+from moca.quickstart.heatmap import heat_map
 from moca.quickstart.page import (
     MISSING,
     definitions,
@@ -54,7 +55,6 @@ _COLUMNS = {
 }
 _HEADLINE = "recall@10"
 _LOSS_NAMES = {"loss_mlm": "MLM loss", "loss_mae": "MAE loss"}
-_RATES = {"lr": ("learning rate", 5), "tokens_per_second": ("tokens per second", 0)}
 _SNIPPET = 220
 
 
@@ -109,11 +109,15 @@ def _tile(task: TaskScores) -> str:
         if scores is not None
     ]
     return (
-        f'<div class="tile">{esc(task.direction or task.name)}'
+        f'<div class="tile"><span>{_direction(task)}</span>'
         f"<b>{number((model or {}).get(_HEADLINE), 1, 100)}</b>"
         f'<span class="soft">R@10 of {number(task.candidates, 0)}'
         f"{''.join(f' · {text}' for text in beside)}</span></div>"
     )
+
+
+def _direction(task: TaskScores | TaskData) -> str:
+    return esc((task.direction or task.name).replace("->", "→"))
 
 
 def _results(report: Report) -> str:
@@ -124,17 +128,17 @@ def _results(report: Report) -> str:
     body = "".join(_task_rows(task, len(head), targets) for task in report.tasks)
     caption = (
         "All values × 100, over held-out items. R@k: share of queries whose right answer is among "
-        "the first k; MRR: mean of 1 / its rank; nDCG@10: the same, discounted by the logarithm "
-        f"of the rank. {MISSING} is a baseline that does not apply or was not run. "
+        "the first k; MRR: mean of 1 / its rank; nDCG@10: mean of 1 / log2(1 + its rank), 0 past "
+        f"the first 10. {MISSING} is a baseline that does not apply or was not run. "
     )
     return table(head, body, caption + esc(report.metrics_note))
 
 
 def _task_rows(task: TaskScores, width: int, targets: bool) -> str:
     rows = [
-        f'<tr><th colspan="{width}" scope="colgroup">{esc(task.direction or task.name)} '
+        f'<tr><th colspan="{width}" scope="colgroup"><div>{_direction(task)} '
         f"<small>· {number(task.queries, 0)} queries, {number(task.candidates, 0)} candidates"
-        f"</small></th></tr>"
+        f"</small></div></th></tr>"
     ]
     for place, (system, scores) in enumerate(task.systems.items()):
         values = [number((scores or {}).get(name), 1, 100) for name in _COLUMNS]
@@ -159,6 +163,7 @@ def _curves(report: Report) -> str:
         "<p>Faint: as logged. Strong: smoothed. Each panel has its own scale; beside its name, "
         "the first and last smoothed value.</p>"
     ]
+    known = dict.fromkeys([*_LOSS_NAMES, *(f"loss_{task.name}" for task in report.tasks)])
     stages = (
         ("Stage 1, pre-training", report.stage1, 0),
         ("Stage 2, contrastive", report.stage2, 2),
@@ -168,15 +173,15 @@ def _curves(report: Report) -> str:
         if not lines:
             parts.append(missing(f"{name}: no log."))
             continue
-        names = dict.fromkeys(key for line in lines for key in line if key.startswith("loss_"))
+        logged = {key for line in lines for key in line if key.startswith("loss_")}
+        names = [key for key in known if key in logged] + sorted(logged.difference(known))
         panels = [
             _panel(lines, key, _LOSS_NAMES.get(key, f"loss, {key.removeprefix('loss_')}"), tone + i)
             for i, key in enumerate(names or ["loss"])
         ]
-        panels += [
-            _panel(lines, key, title, PALETTE - 1, digits)
-            for key, (title, digits) in _RATES.items()
-        ]
+        grey = PALETTE - 1
+        panels.append(_panel(lines, "lr", "learning rate", grey, digits=5, smoothing=False))
+        panels.append(_panel(lines, "tokens_per_second", "tokens per second", grey, digits=0))
         last = lines[-1]
         parts.append(
             f'<p class="soft small">{number(last.get("step"), 0)} steps in '
@@ -186,12 +191,18 @@ def _curves(report: Report) -> str:
 
 
 def _panel(
-    lines: Sequence[Mapping[str, float]], key: str, title: str, tone: int, digits: int = 3
+    lines: Sequence[Mapping[str, float]],
+    key: str,
+    title: str,
+    tone: int,
+    *,
+    digits: int = 3,
+    smoothing: bool = True,
 ) -> str:
     # A log's JSON has null where another writer had no number.
     seen = [line for line in lines if line.get(key) is not None and line.get("step") is not None]
     steps, values = [line["step"] for line in seen], [line[key] for line in seen]
-    return curve(title, steps, values, tone=tone, digits=digits)
+    return curve(title, steps, values, tone=tone, digits=digits, smoothing=smoothing)
 
 
 def _reconstructions(report: Report) -> str:
@@ -217,8 +228,8 @@ def _similarities(report: Report) -> str:
     if not report.similarities:
         return missing("No similarities were computed.")
     return (
-        "<p>Held-out queries (rows) against documents (columns): the darker or brighter against "
-        "the page, the nearer. The right answers are on the diagonal.</p>"
+        "<p>Held-out queries (rows) against documents (columns): the stronger the colour, the "
+        "higher the cosine. The right answers are on the diagonal.</p>"
     ) + "".join(heat_map(similarity) for similarity in report.similarities)
 
 
@@ -315,7 +326,7 @@ def _data(report: Report) -> str:
     parts = []
     if report.data:
         rows = "".join(
-            f'<tr><th class="wrap" scope="row">{esc(task.name)}<br><small>{esc(task.direction)}'
+            f'<tr><th class="wrap" scope="row">{esc(task.name)}<br><small>{_direction(task)}'
             f"</small></th><td>{number(task.train, 0)}</td><td>{number(task.test, 0)}</td>"
             f'<td class="left wrap">{_reasons(task.dropped)}</td></tr>\n'
             for task in report.data
