@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -249,3 +249,98 @@ def pack_intervals(
         )
     mask = SpanMask(start, stop, num_keys=total, validate=False)
     return PackedLayout(mask, query_rows, key_rows)
+
+
+def padded_layout(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: MaskRequest | Tensor | None,
+    causal: bool,
+    window: int | None,
+    position_ids: Tensor | None,
+) -> PackedLayout:
+    """The layout of a batch of rows, with or without padding.
+
+    Args:
+        query: (B, H, Q, D).
+        key: (B, Hkv, K, D).
+        attention_mask: what `request_mask` returned, or (B, K), or (B, 1, Q, K).
+        causal, window: as the layer attends; see `intervals`.
+        position_ids: (B, Q), which restart with each document where there is no mask.
+    """
+    batch, queries, keys, device = query.shape[0], query.shape[2], key.shape[2], query.device
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+        return pack_intervals(*dense_intervals(_visible(attention_mask, batch, keys)), keys)
+    if isinstance(attention_mask, Tensor):
+        attention_mask = MaskRequest(
+            batch, queries, keys, keys - queries, attention_mask=attention_mask
+        )
+    packable = attention_mask is None or attention_mask.attention_mask is None
+    if not packable or queries != keys or position_ids is None or position_ids.dim() != 2:
+        position_ids = None
+    if attention_mask is None:
+        if position_ids is None:
+            return unmasked(batch, queries, keys, causal, window, device)
+        attention_mask = MaskRequest(batch, queries, keys)
+    name = (causal, window, device, torch.is_inference_mode_enabled())
+    if name not in attention_mask.layouts:
+        attention_mask.layouts[name] = _resolve(
+            module, attention_mask, causal, window, position_ids, device
+        )
+    return attention_mask.layouts[name]
+
+
+def _resolve(
+    module: nn.Module,
+    request: MaskRequest,
+    causal: bool,
+    window: int | None,
+    position_ids: Tensor | None,
+    device: torch.device,
+) -> PackedLayout:
+    queries, keys = request.q_length, request.kv_length
+    offset = int(request.q_offset) - request.kv_offset
+    padding = request.padding
+    if padding is not None:
+        padding = padding.to(device)
+    if not request.plain(window):
+        begin, end = dense_intervals(request.dense(device))
+        return pack_intervals(begin, end, keys)
+    causal = causal and "bidirectional" not in request.mask_function.__qualname__
+    begin, end = intervals(queries, keys, offset, causal, window, device)
+    begin, end = begin.expand(request.batch_size, -1), end.expand(request.batch_size, -1)
+    if position_ids is not None:
+        first, last = documents_of_positions(position_ids.expand(request.batch_size, -1))
+        begin, end = torch.maximum(begin, first), torch.minimum(end, last)
+    return pack_intervals(
+        begin,
+        end,
+        keys,
+        kept_keys=padding,
+        kept_queries=padding if _attends_itself(module, queries, keys) else None,
+    )
+
+
+def _attends_itself(module: nn.Module, queries: int, keys: int) -> bool:
+    """Whether the mask of the keys is that of the queries too."""
+    config = getattr(module, "config", None)
+    crosses = getattr(module, "is_cross_attention", False)
+    return queries == keys and not crosses and not getattr(config, "is_encoder_decoder", False)
+
+
+def _visible(mask: Tensor, batch: int, keys: int) -> Tensor:
+    """(B, Q, K) bool from a (B, 1, Q, K) mask, boolean or added to the scores."""
+    if mask.shape[1] != 1:
+        raise ValueError(f"moca_fast: expected one mask for all heads, got {mask.shape[1]}")
+    mask = mask[:, 0, :, :keys].expand(batch, -1, -1)
+    if mask.dtype == torch.bool:
+        return mask
+    visible = mask == 0
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not bool((visible | hidden).all()):
+        raise ValueError(
+            "moca_fast: expected an attention mask of 0 and the lowest value, got a bias on the "
+            "scores"
+        )
+    return visible

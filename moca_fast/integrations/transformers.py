@@ -22,12 +22,8 @@ from moca_fast.integrations._selftest import check_bidirectional, check_isolated
 from moca_fast.integrations._spans import (
     MaskRequest,
     PackedLayout,
-    dense_intervals,
-    documents_of_positions,
-    intervals,
-    pack_intervals,
+    padded_layout,
     request_mask,
-    unmasked,
 )
 from moca_fast.ops.attention.op import attention
 from moca_fast.span_mask import SpanMask
@@ -103,7 +99,9 @@ def attention_forward(
         layout = PackedLayout(_packed_mask(cu_seqlens, batch * queries, causal, sliding_window))
     else:
         positions = kwargs.get("position_ids")
-        layout = _padded(module, query, key, attention_mask, causal, sliding_window, positions)
+        layout = padded_layout(
+            module, query, key, attention_mask, causal, sliding_window, positions
+        )
     rows = _rows(query, layout.queries), _rows(key, layout.keys), _rows(value, layout.keys)
     out = cast(Tensor, attention(*rows, layout.mask, softmax_scale=scaling))
     if layout.queries is not None:
@@ -200,93 +198,6 @@ def _make_mask(cu_seqlens: Tensor, total: int, causal: bool, window: int | None)
     return SpanMask.window(cu_seqlens, left, right, total)
 
 
-def _padded(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: MaskRequest | Tensor | None,
-    causal: bool,
-    window: int | None,
-    position_ids: Tensor | None,
-) -> PackedLayout:
-    """The layout of a batch of rows, with or without padding."""
-    batch, queries, keys, device = query.shape[0], query.shape[2], key.shape[2], query.device
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
-        return pack_intervals(*dense_intervals(_visible(attention_mask, batch, keys)), keys)
-    if isinstance(attention_mask, Tensor):
-        attention_mask = MaskRequest(
-            batch, queries, keys, keys - queries, attention_mask=attention_mask
-        )
-    packable = attention_mask is None or attention_mask.attention_mask is None
-    if not packable or queries != keys or position_ids is None or position_ids.dim() != 2:
-        position_ids = None
-    if attention_mask is None:
-        if position_ids is None:
-            return unmasked(batch, queries, keys, causal, window, device)
-        attention_mask = MaskRequest(batch, queries, keys)
-    name = (causal, window, device, torch.is_inference_mode_enabled())
-    if name not in attention_mask.layouts:
-        attention_mask.layouts[name] = _resolve(
-            module, attention_mask, causal, window, position_ids, device
-        )
-    return attention_mask.layouts[name]
-
-
-def _resolve(
-    module: nn.Module,
-    request: MaskRequest,
-    causal: bool,
-    window: int | None,
-    position_ids: Tensor | None,
-    device: torch.device,
-) -> PackedLayout:
-    queries, keys = request.q_length, request.kv_length
-    offset = int(request.q_offset) - request.kv_offset
-    padding = request.padding
-    if padding is not None:
-        padding = padding.to(device)
-    if not request.plain(window):
-        begin, end = dense_intervals(request.dense(device))
-        return pack_intervals(begin, end, keys)
-    causal = causal and "bidirectional" not in request.mask_function.__qualname__
-    begin, end = intervals(queries, keys, offset, causal, window, device)
-    begin, end = begin.expand(request.batch_size, -1), end.expand(request.batch_size, -1)
-    if position_ids is not None:
-        first, last = documents_of_positions(position_ids.expand(request.batch_size, -1))
-        begin, end = torch.maximum(begin, first), torch.minimum(end, last)
-    return pack_intervals(
-        begin,
-        end,
-        keys,
-        kept_keys=padding,
-        kept_queries=padding if _attends_itself(module, queries, keys) else None,
-    )
-
-
-def _attends_itself(module: nn.Module, queries: int, keys: int) -> bool:
-    """Whether the mask of the keys is that of the queries too."""
-    config = getattr(module, "config", None)
-    crosses = getattr(module, "is_cross_attention", False)
-    return queries == keys and not crosses and not getattr(config, "is_encoder_decoder", False)
-
-
-def _visible(mask: Tensor, batch: int, keys: int) -> Tensor:
-    """(B, Q, K) bool from a (B, 1, Q, K) mask, boolean or added to the scores."""
-    if mask.shape[1] != 1:
-        raise ValueError(f"moca_fast: expected one mask for all heads, got {mask.shape[1]}")
-    mask = mask[:, 0, :, :keys].expand(batch, -1, -1)
-    if mask.dtype == torch.bool:
-        return mask
-    visible = mask == 0
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    if not bool((visible | hidden).all()):
-        raise ValueError(
-            "moca_fast: expected an attention mask of 0 and the lowest value, got a bias on the "
-            "scores"
-        )
-    return visible
-
-
 def pack_vision(model: nn.Module) -> int:
     """Make the vision tower of a Qwen-VL model attend all its windows in one call.
 
@@ -310,8 +221,7 @@ def _pack_windows(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     config: Any = module.config
     if config._attn_implementation != NAME or "span_mask" in kwargs:
         return None
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    bound = dict(zip(names, args, strict=False)) | kwargs
+    bound = _named(module, args, kwargs)
     total = bound["hidden_states"].shape[0]
     cu_seqlens = bound["cu_seqlens"]
     for name in VARLEN:
@@ -320,6 +230,34 @@ def _pack_windows(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     # On the host, where the layer reads it to split its input: one chunk, all of it.
     bound["cu_seqlens"] = torch.tensor([0, total], dtype=torch.int32)
     return (), bound
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All arguments of a forward by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _keep_documents_apart(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    """Positions that restart without a text row of their own would be read as one document."""
+    config: Any = module.config
+    bound = _named(module, args, kwargs)
+    positions = bound.get("position_ids")
+    told = bound.get("attention_mask") is not None or bound.get("cu_seq_lens_q") is not None
+    if config._attn_implementation != NAME or positions is None or told:
+        return None
+    if positions.dim() == 2:
+        bound["position_ids"] = positions.expand(4, -1, -1)
+        return (), bound
+    # Videos move time back at their end; only a new document moves all three.
+    looks = positions.shape[0] == 3 and not torch.compiler.is_compiling()
+    if looks and bool((positions.diff(dim=-1) < 0).all(dim=0).any()):
+        raise ValueError(
+            "moca_fast: position_ids (3, B, T) restart, so several documents are packed, but "
+            "nothing says where they begin: pass packed_kwargs(cu_seqlens) or positions "
+            "(4, B, T) with a text row first"
+        )
+    return None
 
 
 def make_bidirectional(model: PreTrainedModel, *, check: bool = True) -> PreTrainedModel:
@@ -345,6 +283,8 @@ def make_bidirectional(model: PreTrainedModel, *, check: bool = True) -> PreTrai
             config = getattr(module, "config", None)
             if config is not None:
                 config.is_causal = False
+        if hasattr(getattr(module, "rotary_emb", None), "mrope_section"):
+            module.register_forward_pre_hook(_keep_documents_apart, with_kwargs=True)
     pack_vision(model)
     if check:
         check_bidirectional(model)

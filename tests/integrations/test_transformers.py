@@ -204,6 +204,18 @@ def test_autocast():
     assert torch.nn.functional.cosine_similarity(got.float(), want, dim=-1).min() > 0.99
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_positions_that_restart_never_leak(architecture):
+    model = make_bidirectional(make_model(architecture, "moca_fast"))
+    ids, rows = random_ids(1, 9), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    want = torch.cat([model.model(part)[0] for part in ids.split([4, 5], dim=1)], dim=1)
+    for positions in (rows, rows.expand(4, 1, -1)):
+        got = model.model(ids, position_ids=positions, use_cache=False)[0]
+        torch.testing.assert_close(got, want, **TOLERANCE)
+    with pytest.raises(ValueError, match="where they begin"):
+        model.model(ids, position_ids=rows.expand(3, 1, -1), use_cache=False)
+
+
 @pytest.mark.parametrize("implementation", ["moca_fast", "sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bidirectional_survives_a_plain_reload(architecture, implementation, tmp_path):
