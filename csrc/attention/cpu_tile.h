@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "common/exp.h"
 #include "common/simd.h"
 
 namespace moca::MOCA_ISA {

@@ -8,52 +8,19 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <memory>
-#include <new>
 
-#include "common/dtype.h"
+#include "common/simd.h"
 
 namespace moca::MOCA_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-constexpr int kTileRows = 12;  // 24 of 32 registers hold sums
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-constexpr int kTileRows = 6;  // 12 of 16
-#else
-constexpr int kLanes = 4;
-constexpr int kTileRows = 6;
-#endif
+// Sums fill 24 of 32 registers with AVX-512, else 12 of 16.
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;
 constexpr int kTileCols = 2 * kLanes;
 constexpr int64_t kDepth = 256;  // a panel of this depth and kTileCols fits the first cache
 
-using Lanes __attribute__((vector_size(sizeof(float) * kLanes), may_alias)) = float;
 inline void store(float* to, Lanes value, bool accumulate) {
-  Lanes old;
-  std::memcpy(&old, to, sizeof old);  // `to` need not be aligned
-  value = accumulate ? old + value : value;
-  std::memcpy(to, &value, sizeof value);
+  store(to, accumulate ? load(to) + value : value);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Uninitialised floats on a cache line boundary.
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {}
-  float* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, kAlignment); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
 
 // Rows of a matrix, taken in order or through an index.
 template <typename T>

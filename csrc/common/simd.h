@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -37,14 +36,13 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : data_(static_cast<float*>(std::aligned_alloc(64, round_up(size + 1, 16) * sizeof(float)))) {
-    if (!data_) throw std::bad_alloc();
-  }
+      : data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {}
   float* get() const { return data_.get(); }
 
  private:
+  static constexpr std::align_val_t kAlignment{64};
   struct Free {
-    void operator()(float* p) const { std::free(p); }
+    void operator()(float* p) const { ::operator delete(p, kAlignment); }
   };
   std::unique_ptr<float, Free> data_;
 };
@@ -93,27 +91,6 @@ inline float sum_of(Lanes x) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];
-}
-
-// exp(x) for x up to 88, to about one unit in the last place; 0 below -87.3 (no subnormals); NaN
-// stays NaN. x = n log 2 + r with |r| <= log(2) / 2, and a polynomial in r.
-inline Lanes exp_lanes(Lanes x) {
-  constexpr float kLog2E = 1.44269504088896341f;
-  constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;  // exact n * kLog2High
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  constexpr float kLowest = -87.3f;
-  const Lanes shifted = x * kLog2E + kRound;
-  const Lanes n = shifted - kRound;
-  const Lanes r = (x - n * kLog2High) - n * kLog2Low;
-  Lanes y = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
-  y = y * r + 1.0f / 120.0f;
-  y = y * r + 1.0f / 24.0f;
-  y = y * r + 1.0f / 6.0f;
-  y = y * r + 0.5f;
-  y = y * (r * r) + r + 1.0f;
-  const IntLanes exponent = (reinterpret_cast<IntLanes>(shifted) - (0x4b400000 - 127)) << 23;
-  y *= reinterpret_cast<Lanes>(exponent);
-  return x < kLowest ? Lanes{} : y;
 }
 
 namespace detail {
