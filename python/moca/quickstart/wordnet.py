@@ -15,7 +15,8 @@ TASK = "gloss"
 TEST_WORDS = 1000
 
 _FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
-_EXAMPLES = re.compile(r';?\s*(?<!\w)"')
+# Examples are quoted and come last; a quoted word inside a gloss follows no punctuation.
+_EXAMPLES = re.compile(r'^\s*"|[;:,]\s*"')
 # Adjectives may carry where they can stand: "galore(ip)".
 _SYNTACTIC_MARKER = re.compile(r"\((?:p|a|ip)\)$")
 
