@@ -522,9 +522,12 @@ def test_words_and_glosses_of_the_test_are_unseen():
 
 
 def test_the_baseline_learns_to_find_pictures():
-    colours = ["red", "lime", "blue", "white", "yellow", "black"]
-    pairs = [pair(f"a {c} square", picture(PIL.Image.new("RGB", (20, 12), c))) for c in colours]
-    settings = BaselineSettings(steps=150, batch=6, dim=16, side=16, width=4, buckets=512)
+    words = ["red", "lime", "blue", "yellow", "black"]
+    images = [PIL.Image.new("RGB", (20, 20), word) for word in words]
+    pairs = [pair(f"a {w} square", picture(i)) for w, i in zip(words, images, strict=True)]
+    settings = BaselineSettings(
+        steps=100, batch=5, dim=16, side=20, width=8, buckets=512, dropout=0, learning_rate=1e-2
+    )
     first = run_baseline(pairs, pairs, settings, ks=(1,), progress=False)
     assert first["recall@1"] == 1
     assert run_baseline(pairs, pairs, settings, ks=(1,), progress=False) == first

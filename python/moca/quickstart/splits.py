@@ -14,9 +14,9 @@ import PIL.Image
 from moca.data.images import decode
 from moca.data.records import IMAGE_MARKER, Document, ImageLike, Pair
 
-# Two files show the same picture when their proportions agree and their thumbnails differ by at most
-# this many grey levels (of 255) on average. Copies at half the size differ by about 2; what a mild
-# filter leaves of a photograph counts as the same too, which is the safe side.
+# Two files show the same picture when their proportions agree and their thumbnails differ by at
+# most this many grey levels (of 255) on average. Copies at half the size differ by about 2; what a
+# mild filter leaves of a photograph counts as the same too, which is the safe side.
 SAME_PICTURE = 2.5
 SAME_ASPECT = 0.04
 _THUMBNAIL = 32
