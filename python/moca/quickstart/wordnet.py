@@ -103,7 +103,10 @@ def gloss_pairs(
     }
     test: list[Pair] = []
     held: set[int] = set()
-    for word in sorted(single, key=rank)[: min(test_words, len(single) // 10)]:
+    wanted = min(test_words, len(single) // 10)
+    for word in sorted(single, key=rank):
+        if len(test) >= wanted:
+            break
         i = single[word]
         if i not in held:
             held.update(same_gloss[text_key(synsets[i].gloss)])
