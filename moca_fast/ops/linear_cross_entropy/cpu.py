@@ -1,5 +1,7 @@
 """linear_cross_entropy on the native CPU kernels (csrc/linear_cross_entropy/cpu.cpp)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def backward(
     grads = (
         torch.zeros_like(hidden, memory_format=contiguous) if needs[0] else none,
         torch.empty_like(weight, memory_format=contiguous) if needs[1] else none,
-        torch.empty_like(bias) if needs[2] else none,
+        torch.empty_like(tensors[3]) if needs[2] else none,
     )
     addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]
     params = _params(lse, index, *tensors)
@@ -52,7 +54,7 @@ def _counted(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).nonzero()[:, 0].contiguous()
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
