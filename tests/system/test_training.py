@@ -1,5 +1,6 @@
 """Both stages on a miniature: they learn, they resume exactly, they refuse what cannot work."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import moca.checkpoint
 import numpy as np
 import pytest
 import tiny
@@ -129,8 +131,6 @@ def test_task_smaller_than_a_batch(data, tmp_path):
 
 
 def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, monkeypatch):
-    import moca.checkpoint
-
     real, calls = moca.checkpoint.save_file, []
 
     def full_later(tensors, path):
@@ -156,15 +156,14 @@ def command(stage: str, config: dict, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_by_a_signal_then_resumed(data, tmp_path, number):
-    import dataclasses
-
     config = dataclasses.asdict(contrast_config(data, tmp_path / "run", steps=400, save_every=5))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command("contrast", config, tmp_path), stderr=subprocess.PIPE, text=True, env=environment
     )
-    deadline = time.monotonic() + 120
-    while not checkpoints(tmp_path / "run") and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not checkpoints(tmp_path / "run") and process.poll() is None:
+        assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -182,8 +181,6 @@ def test_stopped_by_a_signal_then_resumed(data, tmp_path, number):
 @pytest.mark.parametrize("stage", ["cpt", "contrast"])
 def test_two_processes_equal_one(data, tmp_path, stage):
     """Two gloo processes with half the pairs each make the steps of one process with all."""
-    import dataclasses
-
     make = {"cpt": cpt_config, "contrast": contrast_config}[stage]
     values = {"steps": 3, "optimizer": "adamw", "grad_clip": 0.0}
     if stage == "contrast":

@@ -15,7 +15,7 @@ import torch
 from moca.data.encode import Encoder
 from moca.data.images import denormalize
 from moca.data.packing import pack
-from moca.data.records import Document, Pair
+from moca.data.records import IMAGE_MARKER, Document, Pair
 from moca.embed import Embedder
 from moca.evaluate import Pool
 from moca.pretrain import load_objective, mask_batch, patch_rows
@@ -177,7 +177,7 @@ def _scores(
 
 def _held_out_pictures(tests: Mapping[str, Sequence[Pair]]) -> list[Document]:
     """Documents of one picture, named by what is asked for them, a few from every task."""
-    tasks = [[p for p in pairs if p.positive.images] for pairs in tests.values()]
+    tasks = [[p for p in pairs if p.positive.text == IMAGE_MARKER] for pairs in tests.values()]
     tasks = [pairs for pairs in tasks if pairs]
     chosen = []
     for pairs in tasks:
