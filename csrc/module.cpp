@@ -80,5 +80,12 @@ PYBIND11_MODULE(_C, module) {
         {"cuda_archs", ""}};
   });
   module.def("cpu_isa", [] { return moca::isa_name(moca::active_isa()); });
+  module.def("supported_isas", [] {  // of this processor, widest last
+    std::vector<std::string> names;
+    for (moca::Isa isa : {moca::Isa::portable, moca::Isa::avx2, moca::Isa::avx512,
+                          moca::Isa::avx512bf16})
+      if (moca::runs_here(isa)) names.push_back(moca::isa_name(isa));
+    return names;
+  });
   for (moca::Binder bind : moca::binders()) bind(module);
 }

@@ -5,6 +5,7 @@ N patches, P values a patch, V vocabulary, M gathered documents (or masked patch
 """
 
 from moca_fast._dispatch import backends, explain, use_backend
+from moca_fast.flash_attn import flash_attn_varlen_func
 from moca_fast.ops.attention.op import attention
 from moca_fast.ops.info_nce.op import info_nce
 from moca_fast.ops.linear_cross_entropy.op import linear_cross_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "backends",
     "explain",
+    "flash_attn_varlen_func",
     "info_nce",
     "linear_cross_entropy",
     "masked_patch_mse",

@@ -4,12 +4,9 @@ import errno
 import json
 from pathlib import Path
 
+import moca.checkpoint as checkpoint
 import pytest
 import torch
-from safetensors import torch as safetensors_torch
-from torch import nn
-
-import moca.checkpoint as checkpoint
 from moca.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -19,6 +16,8 @@ from moca.checkpoint import (
     save_checkpoint,
     write_file,
 )
+from safetensors import torch as safetensors_torch
+from torch import nn
 
 
 def trained(steps: int = 2) -> tuple[nn.Module, list[torch.optim.Optimizer]]:

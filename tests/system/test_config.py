@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-
 from moca.config import (
     ConfigError,
     ContrastConfig,

@@ -188,7 +188,7 @@ def _add_emoji(corpora: Corpora, font: Path, bar: Callable) -> None:
     task = Task(emojis.TASK, _DIRECTIONS[emojis.TASK], train, test, dropped + leaks)
     toned = sum("skin tone" in pair.query.text for pair in test)
     corpora.notes.append(
-        f"{toned} of the {len(test)} emoji names to be found name a skin tone, which makes them easier"
+        f"{toned} of the {len(test)} emoji names to be found tell a skin tone, which helps"
     )
     corpora.tasks.append(task)
     captions = {pair.positive.images[0]: pair for pair in reversed(train)}

@@ -60,6 +60,7 @@ th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--ru
   font-variant-numeric: tabular-nums; vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; }
 th:first-child, td:first-child, .left { text-align: left; }
+#data th:last-child { text-align: left; }
 .wrap { white-space: normal; min-width: 11em; }
 th[colspan] { padding-top: 16px; white-space: normal; }
 th[colspan] div { position: sticky; left: 10px; width: fit-content;

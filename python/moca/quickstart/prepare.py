@@ -77,7 +77,11 @@ def write_corpora(
                     for pair in progress(pairs, f"writing {part} {task.name}")
                 ]
                 (data / part / f"{task.name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        summary = {"tasks": corpora.summary(), "notes": corpora.notes}
+        summary = {
+            "tasks": corpora.summary(),
+            "documents": {source: len(group) for source, group in corpora.documents.items()},
+            "notes": corpora.notes,
+        }
         (data / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 

@@ -87,7 +87,8 @@ def render_report(report: Report) -> str:
 
 def _header(report: Report) -> str:
     machine = report.machine
-    about = f"{machine.cpu}, {machine.cores} cores, {machine.instruction_set}"
+    cores = "1 core" if machine.cores == 1 else f"{machine.cores} cores"
+    about = f"{machine.cpu}, {cores}, {machine.instruction_set}"
     if machine.memory_gib is not None:
         about += f", {number(machine.memory_gib, 0)} GiB of memory"
     rows = [("Machine", about), *report.facts.items()]
@@ -160,7 +161,7 @@ def _target(task: TaskScores, scores: Mapping[str, float] | None) -> str:
 
 def _curves(report: Report) -> str:
     parts = [
-        "<p>Faint: as logged. Strong: smoothed. Each panel has its own scale; beside its name, "
+        "<p>Faint: as logged. Strong: smoothed. Each panel has its own scale; under its name, "
         "the first and last smoothed value.</p>"
     ]
     known = dict.fromkeys([*_LOSS_NAMES, *(f"loss_{task.name}" for task in report.tasks)])
@@ -268,7 +269,9 @@ def _hit(hit: Hit, place: int) -> str:
 
 
 def _card(item: Item, name: str, head: str, score: str) -> str:
-    pictures = picture(item.pictures[0], item.text or item.name) if item.pictures else ""
+    pictures = (
+        picture(item.pictures[0], item.text or item.name or "document") if item.pictures else ""
+    )
     text = shorten(item.text, _SNIPPET)
     snippet = f'<div class="snippet" dir="auto">{esc(text)}</div>' if text else ""
     return (

@@ -34,8 +34,11 @@ from moca.evaluate import Pool
 from moca.model import build_model, tiny_config
 from moca.pretrain import pretrain
 from moca.quickstart.baseline import run_baseline
+from moca.quickstart.compare import compare, read_comparison
 from moca.quickstart.corpora import load_corpora
+from moca.quickstart.findings import gather
 from moca.quickstart.prepare import write_corpora
+from moca.quickstart.report import write_report
 from moca.retrieval import Scores, evaluate_pool
 from moca.saving import build_tokenizer
 
@@ -147,7 +150,7 @@ class Quickstart:
             model=str(self.folder / "init"),
             output=str(output),
             documents=documents,
-            steps=self._steps(CPT_STEPS),
+            steps=self.cpt_steps,
             resume=latest_checkpoint(output) is not None,
             seed=self.config.seed,
             **TRAINING,
@@ -161,6 +164,7 @@ class Quickstart:
         if (output / "model").exists():
             return
         tasks = self.tasks
+        shrink = 4 if part == "scarce" else 1  # a tenth of a task does not fill a whole batch
         config = ContrastConfig(
             model=str(self.folder / model),
             output=str(output),
@@ -168,18 +172,29 @@ class Quickstart:
             steps=steps,
             resume=latest_checkpoint(output) is not None,
             seed=self.config.seed,
-            batch_size=BATCH,
-            task_batch_sizes={t: n for t, n in TASK_BATCHES.items() if t in tasks},
+            batch_size=BATCH // shrink,
+            task_batch_sizes={t: n // shrink for t, n in TASK_BATCHES.items() if t in tasks},
             task_weights={task: TASK_WEIGHTS[task] for task in tasks},
             temperature=0.05,
             token_dropout=0.15,
             **TRAINING,
         )
-        with self.timed("stage 2: contrastive training" if name == "contrast" else f"({name})"):
+        stage = "stage 2: contrastive training" if name == "contrast" else f"comparison: {name}"
+        with self.timed(stage):
             contrast(config)
 
-    def _steps(self, steps: int) -> int:
-        return max(1, round(steps * self.config.scale))
+    @property
+    def cpt_steps(self) -> int:
+        return max(1, round(CPT_STEPS * self.config.scale))
+
+    @property
+    def steps(self) -> int:
+        """Contrastive steps."""
+        return max(1, round(CONTRAST_STEPS * self.config.scale))
+
+    @property
+    def source(self) -> str:
+        return self.config.docs or "the GIMP manual, emoji and WordNet"
 
     def test_pairs(self, task: str) -> list[Pair]:
         return list(load_pairs(self.folder / "data/test" / f"{task}.jsonl", task=task))
@@ -218,12 +233,23 @@ def quickstart(config: QuickstartConfig) -> Path:
     run = Quickstart(config)
     run.prepare()
     run.train_stage1()
-    run.train_stage2("contrast", "cpt/model", run._steps(CONTRAST_STEPS))
-    scores = run.stage("evaluation", "metrics.json", lambda: run.evaluate("contrast/model"))
-    baseline = {}
+    run.train_stage2("contrast", "cpt/model", run.steps)
+    run.stage("evaluation", "metrics.json", lambda: run.evaluate("contrast/model"))
     if config.baseline:
-        baseline = run.stage("CNN + n-gram baseline", "baseline.json", run.baseline)
+        run.stage("CNN + n-gram baseline", "baseline.json", run.baseline)
     run.index()
+    if config.compare:
+        compare(run)
+    with run.timed("report"):
+        run.write("recipe.json", {"max_length": TRAINING["max_length"]})
+        tests = {task: run.test_pairs(task) for task in run.tasks}
+        summary = (
+            f"A miniature Qwen2.5-VL trained from scratch on {run.source}: stage 1 for "
+            f"{run.cpt_steps} steps, stage 2 for {run.steps} steps."
+        )
+        report = gather(run.folder, summary, time.strftime("%Y-%m-%d %H:%M"), tests)
+        report.comparison = read_comparison(run.folder)
+        write_report(run.report, report)
     return run.report
 
 

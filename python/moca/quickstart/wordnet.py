@@ -15,7 +15,8 @@ TASK = "gloss"
 TEST_WORDS = 1000
 
 _FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
-_EXAMPLES = re.compile(r';?\s*(?<!\w)"')
+# Examples are quoted and come last; a quoted word inside a gloss follows no punctuation.
+_EXAMPLES = re.compile(r'^\s*"|[;:,]\s*"')
 # Adjectives may carry where they can stand: "galore(ip)".
 _SYNTACTIC_MARKER = re.compile(r"\((?:p|a|ip)\)$")
 
@@ -102,7 +103,10 @@ def gloss_pairs(
     }
     test: list[Pair] = []
     held: set[int] = set()
-    for word in sorted(single, key=rank)[: min(test_words, len(single) // 10)]:
+    wanted = min(test_words, len(single) // 10)
+    for word in sorted(single, key=rank):
+        if len(test) >= wanted:
+            break
         i = single[word]
         if i not in held:
             held.update(same_gloss[text_key(synsets[i].gloss)])

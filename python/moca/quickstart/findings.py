@@ -1,0 +1,201 @@
+"""What a finished quickstart has to show: its run folder, read into a `Report`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moca.data.encode import Encoder
+from moca.data.images import denormalize
+from moca.data.packing import pack
+from moca.data.records import Document, Pair
+from moca.embed import Embedder
+from moca.evaluate import Pool
+from moca.pretrain import load_objective, mask_batch, patch_rows
+from moca.quickstart.report_data import (
+    Command,
+    Hit,
+    Item,
+    Machine,
+    Reconstruction,
+    Report,
+    Search,
+    Similarity,
+    TaskData,
+    TaskScores,
+)
+from moca.run import read_log, seeded
+from moca_fast import _C
+
+# Recall@10 on held-out items that a first trial of this recipe reached.
+TARGETS = {"title-section": 0.72, "emoji": 0.17, "caption-figure": 0.18, "gloss": 0.22}
+PACKAGES = ("moca-fast", "torch", "transformers", "accelerate", "tokenizers")
+HEAT_MAP, HITS, SEARCHES, PICTURES = 16, 5, 10, 6
+
+
+def gather(folder: Path, summary: str, date: str, tests: Mapping[str, Sequence[Pair]]) -> Report:
+    """Everything the report shows, from the files of a run and its held-out pairs."""
+    data = _json(folder / "data/summary.json")
+    times = _json(folder / "times.json")
+    max_length = _json(folder / "recipe.json")["max_length"]
+    embedder = Embedder.from_pretrained(folder / "contrast/model", max_length=max_length)
+    similarities, searches = [], []
+    each = -(-SEARCHES // len(tests))
+    for task, pairs in tests.items():
+        similarity, found = _look(task, Pool.of_pairs(pairs), embedder, each)
+        similarities.append(similarity)
+        searches += found
+    parameters = sum(p.numel() for p in embedder.model.parameters())
+    return Report(
+        summary=summary,
+        date=date,
+        machine=_machine(),
+        seconds=sum(times.values()),
+        versions={name: version(name) for name in PACKAGES},
+        facts={"parameters": f"{parameters / 1e6:.1f} M"},
+        tasks=_scores(folder, data["tasks"], tests),
+        metrics_note="chance: a random order. TF-IDF: words in common. CNN + n-gram: a plain "
+        "two-tower model trained on the same pairs.",
+        stage1=read_log(folder / "cpt"),
+        stage2=read_log(folder / "contrast"),
+        reconstructions=reconstruct(folder / "cpt", _held_out_pictures(tests)),
+        similarities=similarities,
+        searches=searches[:SEARCHES],
+        times=times,
+        data=[TaskData(**task) for task in data["tasks"]],
+        documents=data["documents"],
+        notes=data["notes"],
+        commands=[
+            Command("search the manual", f'moca search {folder}/index "how to crop an image"'),
+            Command(
+                "embed your own pages",
+                f"moca embed model={folder}/contrast/model source=PAGES output=my-index",
+            ),
+            Command(
+                "evaluate again",
+                f"moca eval model={folder}/contrast/model "
+                f"pairs.emoji={folder}/data/test/emoji.jsonl max_length={max_length}",
+            ),
+        ],
+    )
+
+
+def reconstruct(stage1: Path, documents: Sequence[Document]) -> list[Reconstruction]:
+    """Held-out pictures with half of their patches hidden, as stage 1's decoder fills them in."""
+    if not documents:
+        return []
+    objective = load_objective(stage1)
+    model, settings = objective.model, objective.model.image_settings
+    encoder = Encoder(model.tokenizer, settings)
+    encoded = [encoder(document) for document in documents]
+    masked = mask_batch(
+        pack(encoded, settings.merge_size, encoder.image_token_id),
+        special_ids=torch.tensor(model.tokenizer.all_special_ids),
+        mask_token_id=model.mask_token_id,
+        merge_size=settings.merge_size,
+        mlm_probability=0.0,
+        mae_probability=0.5,
+        generator=seeded(0),
+    )
+    with torch.inference_mode():
+        pred = objective.reconstruct(model.hidden_states(masked.batch), masked)
+    filled = masked.patches.clone()
+    filled[patch_rows(masked.units, settings.merge_size**2)] = pred.float()
+    shown, begin = [], 0
+    for document, one in zip(documents, encoded, strict=True):
+        rows, grid = slice(begin, begin + len(one.patches)), one.grids[0]
+        begin = rows.stop
+        pixels = [
+            denormalize(source[rows].numpy(), grid, settings)
+            for source in (masked.batch.pixel_values, filled, masked.patches)
+        ]
+        shown.append(Reconstruction(*pixels, caption=document.name))
+    return shown
+
+
+def _look(
+    task: str, pool: Pool, embedder: Embedder, count: int
+) -> tuple[Similarity, list[Search]]:
+    """A heat-map of the first held-out items, and what the model finds for some of them."""
+    queries, documents = embedder.encode(pool.queries), embedder.encode(pool.candidates)
+    shown = range(min(HEAT_MAP, len(pool.queries)))
+    right = [min(pool.relevance[i]) for i in shown]
+    similarity = Similarity(
+        task,
+        [Item.of(pool.queries[i]) for i in shown],
+        [Item.of(pool.candidates[i]) for i in right],
+        queries[list(shown)] @ documents[right].T,
+    )
+    spread = np.linspace(0, len(pool.queries) - 1, count).astype(int)
+    return similarity, [_search(task, pool, int(i), documents @ queries[i]) for i in spread]
+
+
+def _search(task: str, pool: Pool, query: int, scores: np.ndarray) -> Search:
+    order = np.argsort(-scores, kind="stable")
+    right = pool.relevance[query]
+    rank = 1 + next(place for place, document in enumerate(order) if document in right)
+    hits = [
+        Hit(Item.of(pool.candidates[i]), float(scores[i]), i in right) for i in order[:HITS].tolist()
+    ]
+    answer = None if rank <= HITS else Item.of(pool.candidates[min(right)])
+    return Search(task, Item.of(pool.queries[query]), hits, rank, len(order), answer)
+
+
+def _scores(
+    folder: Path, tasks: Sequence[Mapping[str, Any]], tests: Mapping[str, Sequence[Pair]]
+) -> list[TaskScores]:
+    scores, baseline = _json(folder / "metrics.json"), folder / "baseline.json"
+    plain = _json(baseline) if baseline.exists() else {}
+    rows = []
+    for task in tasks:
+        name = task["name"]
+        pool = Pool.of_pairs(tests[name])
+        systems = {
+            "MoCa (this run)": scores[name]["model"],
+            "CNN + n-gram": plain.get(name),
+            "TF-IDF": scores[name].get("tf-idf"),
+            "chance": scores[name]["chance"],
+        }
+        rows.append(
+            TaskScores(
+                name,
+                task["direction"],
+                len(pool.queries),
+                len(pool.candidates),
+                systems,
+                TARGETS.get(name),
+            )
+        )
+    return rows
+
+
+def _held_out_pictures(tests: Mapping[str, Sequence[Pair]]) -> list[Document]:
+    """Documents of one picture, named by what is asked for them, a few from every task."""
+    tasks = [[p for p in pairs if p.positive.images] for pairs in tests.values()]
+    tasks = [pairs for pairs in tasks if pairs]
+    chosen = []
+    for pairs in tasks:
+        step = max(1, len(pairs) * len(tasks) // PICTURES)
+        for pair in pairs[::step][: PICTURES // len(tasks)]:
+            name = " ".join(pair.query.text.split())
+            chosen.append(Document(pair.positive.text, pair.positive.images, name))
+    return chosen
+
+
+def _machine() -> Machine:
+    cpu, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    return Machine(cpu, torch.get_num_threads(), _C.cpu_isa())
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

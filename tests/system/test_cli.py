@@ -1,0 +1,83 @@
+"""The command line: every command on a miniature, and what it says when it cannot."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from moca.cli import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    paths = {name: str(path) for name, path in tiny.write_data(folder).items()}
+    return {**paths, "model": str(tiny.write_model(folder / "model"))}
+
+
+def test_embed_search_eval(data, tmp_path, capsys):
+    index = tmp_path / "index"
+    source = f"source={data['documents']}"
+    assert main(["embed", f"model={data['model']}", source, f"output={index}"]) == 0
+    table = pq.read_table(index / "embeddings.parquet")
+    assert table.num_rows == len(tiny.names()) + 1
+    vectors = np.stack(table["embedding"].to_pylist())
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    capsys.readouterr()
+    assert main(["search", str(index), "a red square", "-k", "3"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] != " " * 8]
+    scores = [float(line.split()[0]) for line in lines if not line.startswith("        ")]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    result = tmp_path / "metrics.json"
+    pairs = [f"pairs.words={data['words']}", f"pairs.pictures={data['pictures']}"]
+    assert main(["eval", f"model={data['model']}", *pairs, f"output={result}"]) == 0
+    scores = json.loads(result.read_text())
+    assert set(scores["words"]) == {"model", "chance", "tf-idf"}
+    assert set(scores["pictures"]) == {"model", "chance"}
+    assert scores["pictures"]["chance"]["recall@10"] == pytest.approx(10 / len(tiny.names()))
+    assert "tf-idf" in capsys.readouterr().out
+
+
+def test_train_both_stages(data, tmp_path, capsys):
+    common = ["steps=2", "precision=fp32", "max_length=128"]
+    cpt = tmp_path / "cpt"
+    settings = [f"model={data['model']}", f"documents=[{data['documents']}]", f"output={cpt}"]
+    assert main(["cpt", *settings, "batch_cost=600", *common]) == 0
+    path = tmp_path / "contrast.yaml"
+    path.write_text(f"model: {cpt}/model\noutput: {tmp_path}/cl\npairs: {{w: {data['words']}}}\n")
+    assert main(["contrast", str(path), "batch_size=4", *common]) == 0
+    assert (tmp_path / "cl/model/model.safetensors").exists()
+    assert "hard_negatives: 2" in (tmp_path / "cl/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["cpt", "modle=x"], 2, "unknown key 'modle'; did you mean 'model'?"),
+        (["cpt", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["contrast", "model=m"], 2, "missing key 'output'"),
+        (["search", "nowhere", "query"], 2, "nowhere is no index"),
+        (["eval", "model=m"], 2, "expected pairs, mmeb or beir"),
+        (["embed", "model=m", "source=s", "output=o", "on_error=ignore"], 2, "on_error"),
+    ],
+)
+def test_errors(arguments, status, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == status
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_embed_refuses_a_folder_that_exists(data, tmp_path, capsys):
+    (tmp_path / "index").mkdir()
+    arguments = [f"model={data['model']}", f"source={data['documents']}"]
+    assert main(["embed", *arguments, f"output={tmp_path}/index"]) == 2
+    assert "exists; give another folder" in capsys.readouterr().err
+
+
+def test_missing_source_is_named(data, tmp_path, capsys):
+    arguments = [f"model={data['model']}", f"source={tmp_path}/no.jsonl", f"output={tmp_path}/i"]
+    assert main(["embed", *arguments]) != 0
+    assert "no.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "i").exists()

@@ -1,0 +1,263 @@
+"""Both stages on a miniature: they learn, they resume exactly, they refuse what cannot work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from moca.checkpoint import CheckpointError, checkpoints
+from moca.config import ConfigError, ContrastConfig, CptConfig, from_dict
+from moca.contrast import contrast
+from moca.data.encode import Encoder
+from moca.data.packing import pack
+from moca.data.records import Document
+from moca.embed import Embedder
+from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
+from moca.run import Interrupted, Run, read_log, seeded
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    paths = {name: str(path) for name, path in tiny.write_data(folder).items()}
+    return {**paths, "model": str(tiny.write_model(folder / "model"))}
+
+
+def cpt_config(data, output, **values) -> CptConfig:
+    base = {
+        "model": data["model"], "output": str(output), "documents": [data["documents"]],
+        "steps": 4, "optimizer": "muon", "lr": 3e-3, "batch_cost": 400, "log_every": 1,
+        "save_every": 2, "precision": "fp32", "mae_weight": 1.0, "max_length": 128,
+    }  # fmt: skip
+    return from_dict(CptConfig, {**base, **values})
+
+
+def contrast_config(data, output, **values) -> ContrastConfig:
+    base = {
+        "model": data["model"], "output": str(output),
+        "pairs": {"pictures": data["pictures"], "words": data["words"]},
+        "steps": 4, "optimizer": "muon", "lr": 3e-3, "batch_size": 8, "log_every": 1,
+        "save_every": 2, "precision": "fp32", "temperature": 0.05,
+    }  # fmt: skip
+    return from_dict(ContrastConfig, {**base, **values})
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_stage1_learns_text_and_pictures(data, tmp_path):
+    pretrain(cpt_config(data, tmp_path / "run", steps=60))
+    log = read_log(tmp_path / "run")
+    assert [line["step"] for line in log] == list(range(1, 61))
+    for name in ("loss_mlm", "loss_mae"):
+        first, last = (np.mean([line[name] for line in part]) for part in (log[:5], log[-5:]))
+        assert last < 0.8 * first, (name, first, last)
+    objective = load_objective(tmp_path / "run")
+    assert torch.isfinite(objective.patch_head.weight).all()
+
+
+def test_stage2_finds_every_picture_and_phrase(data, tmp_path):
+    contrast(contrast_config(data, tmp_path / "run", steps=80, lr=5e-3))
+    embedder = Embedder.from_pretrained(tmp_path / "run" / "model")
+    queries = embedder.encode([f"{c} {s}" for c, s in tiny.names()])
+    pictures = embedder.encode([tiny.picture(c, s) for c, s in tiny.names()])
+    found = (queries @ pictures.T).argmax(1) == np.arange(len(queries))
+    assert found.mean() > 0.6, found.mean()
+
+
+@pytest.mark.parametrize("stage", ["cpt", "contrast"])
+def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, stage, monkeypatch):
+    make, train = {"cpt": (cpt_config, pretrain), "contrast": (contrast_config, contrast)}[stage]
+    options = {"flip": 0.5, "rotate": 5.0}
+    train(make(data, tmp_path / "whole", **options))
+    save = Run.save
+
+    def stop_after_two(run):
+        save(run)
+        if run.step == 2:
+            raise Interrupted("stopped")
+
+    monkeypatch.setattr(Run, "save", stop_after_two)
+    with pytest.raises(Interrupted):
+        train(make(data, tmp_path / "parts", **options))
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / "model").exists()
+    train(make(data, tmp_path / "parts", **options, resume=True))
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    steps = [line["step"] for line in read_log(tmp_path / "parts")]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_run_folder_that_exists_is_refused(data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="exists; give another folder, or resume=true"):
+        pretrain(cpt_config(data, tmp_path / "run"))
+    assert (tmp_path / "run" / "precious.txt").read_text() == "keep"
+
+
+def test_nothing_to_resume(data, tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoint found"):
+        contrast(contrast_config(data, tmp_path / "run", resume=True))
+
+
+def test_damaged_checkpoint_is_named(data, tmp_path):
+    pretrain(cpt_config(data, tmp_path / "run", steps=2))
+    newest = checkpoints(tmp_path / "run")[-1] / "objective.safetensors"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"objective\.safetensors: expected \d+ bytes"):
+        pretrain(cpt_config(data, tmp_path / "run", steps=4, resume=True))
+
+
+def test_task_smaller_than_a_batch(data, tmp_path):
+    with pytest.raises(ConfigError, match="words"):
+        contrast(contrast_config(data, tmp_path / "run", task_batch_sizes={"words": 99}))
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, monkeypatch):
+    import moca.checkpoint
+
+    real, calls = moca.checkpoint.save_file, []
+
+    def full_later(tensors, path):
+        calls.append(path)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(moca.checkpoint, "save_file", full_later)
+    with pytest.raises(CheckpointError, match="No space left.*checkpoint-00000002 is intact"):
+        pretrain(cpt_config(data, tmp_path / "run", steps=6))
+    monkeypatch.undo()
+    pretrain(cpt_config(data, tmp_path / "run", steps=6, resume=True))
+    pretrain(cpt_config(data, tmp_path / "whole", steps=6))
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def command(stage: str, config: dict, folder: Path) -> list[str]:
+    path = folder / f"{stage}.yaml"
+    path.write_text(json.dumps(config))
+    return [sys.executable, "-m", "moca", stage, str(path)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_by_a_signal_then_resumed(data, tmp_path, number):
+    import dataclasses
+
+    config = dataclasses.asdict(contrast_config(data, tmp_path / "run", steps=400, save_every=5))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command("contrast", config, tmp_path), stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoints(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert process.returncode == 130, errors
+        assert "resume=true" in errors
+    saved = checkpoints(tmp_path / "run")[-1]
+    step = json.loads((saved / "state.json").read_text())["step"]
+    assert 0 < step < 400
+    resumed = contrast_config(data, tmp_path / "run", steps=step + 2, save_every=5, resume=True)
+    contrast(resumed)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", ["cpt", "contrast"])
+def test_two_processes_equal_one(data, tmp_path, stage):
+    """Two gloo processes with half the pairs each make the steps of one process with all."""
+    import dataclasses
+
+    make = {"cpt": cpt_config, "contrast": contrast_config}[stage]
+    values = {"steps": 3, "optimizer": "adamw", "grad_clip": 0.0}
+    if stage == "contrast":
+        values |= {"batch_size": 4}
+    else:
+        values |= {"accumulation": 1}
+    config = dataclasses.asdict(make(data, tmp_path / "two", **values))
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", "-m", "moca",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        launch + command(stage, config, tmp_path)[3:],
+        capture_output=True, text=True, env=environment, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    values |= {"batch_size": 8} if stage == "contrast" else {"accumulation": 2}
+    train = {"cpt": pretrain, "contrast": contrast}[stage]
+    train(make(data, tmp_path / "one", **values))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    if stage == "contrast":
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4, msg=name)
+    losses = [[line["loss"] for line in read_log(tmp_path / n)] for n in ("one", "two")]
+    assert len(losses[0]) == len(losses[1]) == 3
+    assert np.isfinite(losses).all()
+
+
+class TestMasking:
+    def masked(self, data, **values):
+        from moca.model import MocaModel
+
+        model = MocaModel.from_pretrained(data["model"])
+        encoder = Encoder(model.tokenizer, model.image_settings)
+        documents = [
+            Document.of([f"a {c} {s} ", tiny.picture(c, s), " document"]) for c, s in tiny.names()
+        ]
+        batch = pack([encoder(d) for d in documents], 2, encoder.image_token_id)
+        special = torch.tensor(model.tokenizer.all_special_ids)
+        options = {"mlm_probability": 0.4, "mae_probability": 0.5, **values}
+        masked = mask_batch(
+            batch, special_ids=special, mask_token_id=model.mask_token_id, merge_size=2,
+            generator=seeded(1), **options,
+        )  # fmt: skip
+        return model, batch, masked, special
+
+    def test_text(self, data):
+        model, batch, masked, special = self.masked(data)
+        changed = masked.labels != -100
+        text = ~torch.isin(batch.input_ids, special)
+        assert not (changed & ~text).any()
+        assert 0.25 < changed[text].float().mean() < 0.55
+        assert (masked.batch.input_ids[changed] == model.mask_token_id).all()
+        assert torch.equal(masked.labels[changed], batch.input_ids[changed])
+        assert torch.equal(masked.batch.input_ids[~changed], batch.input_ids[~changed])
+
+    def test_pictures(self, data):
+        _, batch, masked, _ = self.masked(data)
+        rows = patch_rows(masked.units, 4)
+        seen = torch.ones(len(batch.pixel_values), dtype=torch.bool)
+        seen[rows] = False
+        assert 0.3 < (~seen).float().mean() < 0.7
+        assert torch.equal(masked.batch.pixel_values[seen], batch.pixel_values[seen])
+        assert torch.equal(masked.patches, batch.pixel_values)
+        noise = masked.batch.pixel_values[rows]
+        assert len(noise.unique(dim=0)) == len(noise), "every patch has noise of its own"
+        assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+    def test_none_and_all(self, data):
+        _, batch, masked, _ = self.masked(data, mlm_probability=0.0, mae_probability=0.0)
+        assert (masked.labels == -100).all() and not len(masked.units)
+        _, batch, masked, special = self.masked(data, mlm_probability=1.0, mae_probability=1.0)
+        assert len(masked.units) * 4 == len(batch.pixel_values)
+        text = ~torch.isin(batch.input_ids, special)
+        assert torch.equal(masked.labels != -100, text)

@@ -1,0 +1,72 @@
+"""A miniature model and corpus for tests of training: seconds, not minutes."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from moca.data.images import ImageSettings
+from moca.data.records import IMAGE_MARKER
+from moca.model import build_model, tiny_config
+from moca.saving import build_tokenizer
+
+IMAGES = ImageSettings(patch_size=4, merge_size=2, min_pixels=64, max_pixels=512)
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "grey": (90, 90, 90)}
+SHAPES = ("square", "circle", "cross", "stripes", "corner", "frame")
+
+
+def picture(colour: str, shape: str) -> bytes:
+    """A 16 x 16 PNG of a coloured shape."""
+    grid = np.full((16, 16, 3), 255, np.uint8)
+    y, x = np.mgrid[:16, :16]
+    where = {
+        "square": (abs(x - 8) < 5) & (abs(y - 8) < 5),
+        "circle": (x - 8) ** 2 + (y - 8) ** 2 < 36,
+        "cross": (abs(x - 8) < 2) | (abs(y - 8) < 2),
+        "stripes": x % 4 < 2,
+        "corner": (x < 8) & (y < 8),
+        "frame": (x < 3) | (x > 12) | (y < 3) | (y > 12),
+    }[shape]
+    grid[where] = COLOURS[colour]
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(grid).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def names() -> list[tuple[str, str]]:
+    return [(colour, shape) for colour in COLOURS for shape in SHAPES]
+
+
+def write_data(folder: Path) -> dict[str, Path]:
+    """Interleaved documents, picture pairs and text pairs; their paths by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.jsonl" for name in ("documents", "pictures", "words")}
+    documents, pictures, words = [], [], []
+    for colour, shape in names():
+        file = folder / f"{colour}-{shape}.png"
+        file.write_bytes(picture(colour, shape))
+        text = f"Here is a {colour} {shape}: {IMAGE_MARKER} It is {colour}, and it is a {shape}."
+        documents.append({"text": text, "images": [file.name]})
+        pictures.append({"qry": f"{colour} {shape}", "pos_text": "", "pos_image_path": file.name})
+        words.append({
+            "qry": f"{colour} {shape}",
+            "pos_text": f"a {shape} in {colour}",
+            "neg_text": [f"a {shape} without colour", f"no {colour} shape", "nothing at all"],
+        })  # fmt: skip
+    documents.append({"text": "Only words stand in this document, and no picture.", "images": []})
+    for name, rows in (("documents", documents), ("pictures", pictures), ("words", words)):
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+def write_model(folder: Path, seed: int = 0) -> Path:
+    """A saved model with random weights whose tokenizer knows the corpus."""
+    texts = [f"a {c} {s} picture document without colour in" for c, s in names()]
+    tokenizer = build_tokenizer(texts, 320)
+    config = tiny_config(
+        tokenizer, hidden=32, layers=3, heads=2, vision_hidden=32, vision_layers=2,
+        vision_heads=2, patch_size=4, max_length=512,
+    )  # fmt: skip
+    build_model(config, tokenizer, IMAGES, seed=seed).save_pretrained(folder)
+    return folder
