@@ -28,10 +28,12 @@ struct Strides {
 struct AttentionParams {
   const void *q, *k, *v;  // (T, H, D), (K, Hkv, D) twice: dtype
   Strides q_strides, k_strides, v_strides;
-  void* out;          // (T, H, D) dtype
-  float* lse;         // (T, H)
-  const void* d_out;  // (T, H, D) dtype
-  float* delta;       // (T, H): d_lse on entry to the backward, rowsum(out * d_out) - d_lse after
+  void* out;        // (T, H, D) dtype
+  float* lse;       // (T, H), rounded
+  float* lse_rest;  // (T, H), what the rounding took away: weights are exp(score - lse - lse_rest)
+  const void* d_out;      // (T, H, D) dtype
+  const float* d_lse;     // (T, H)
+  float* delta;           // (T, H), made by the backward: rowsum(out * d_out)
   void *d_q, *d_k, *d_v;  // dtype, contiguous
   Spans queries, keys;    // sizes T and K
   int64_t heads, kv_heads, dim;

@@ -38,7 +38,7 @@ void check(const moca::Spans& spans, int64_t num_keys) {
 }
 
 moca::AttentionParams params(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse,
-                             Pair q_strides, Pair k_strides, Pair v_strides,
+                             uintptr_t lse_rest, Pair q_strides, Pair k_strides, Pair v_strides,
                              const moca::Spans& queries, const moca::Spans& keys, int64_t heads,
                              int64_t kv_heads, int64_t dim, float softmax_scale, moca::DType dtype,
                              int threads) {
@@ -52,6 +52,7 @@ moca::AttentionParams params(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t ou
   p.v = moca::pointer<>(v);
   p.out = moca::pointer<>(out);
   p.lse = moca::pointer<float>(lse);
+  p.lse_rest = moca::pointer<float>(lse_rest);
   p.q_strides = {q_strides[0], q_strides[1]};
   p.k_strides = {k_strides[0], k_strides[1]};
   p.v_strides = {v_strides[0], v_strides[1]};
@@ -72,9 +73,9 @@ MOCA_BINDING(attention, m) {
   py::class_<moca::Spans>(m, "Spans")
       .def(py::init(&spans), py::kw_only(), "start"_a, "end"_a, "tiles"_a, "size"_a, "max_tiles"_a);
   py::class_<moca::AttentionParams>(m, "AttentionParams")
-      .def(py::init(&params), py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "q_strides"_a,
-           "k_strides"_a, "v_strides"_a, "queries"_a, "keys"_a, "heads"_a, "kv_heads"_a, "dim"_a,
-           "softmax_scale"_a, "dtype"_a, "threads"_a);
+      .def(py::init(&params), py::kw_only(), "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "lse_rest"_a,
+           "q_strides"_a, "k_strides"_a, "v_strides"_a, "queries"_a, "keys"_a, "heads"_a,
+           "kv_heads"_a, "dim"_a, "softmax_scale"_a, "dtype"_a, "threads"_a);
   m.def(
       "span_tiles",
       [](uintptr_t start, uintptr_t end, int64_t num_queries, int64_t num_keys, int64_t rows,
@@ -94,9 +95,10 @@ MOCA_BINDING(attention, m) {
   });
   m.def(
       "attention_backward",
-      [](moca::AttentionParams p, uintptr_t d_out, uintptr_t delta, uintptr_t d_q, uintptr_t d_k,
-         uintptr_t d_v) {
+      [](moca::AttentionParams p, uintptr_t d_out, uintptr_t d_lse, uintptr_t delta, uintptr_t d_q,
+         uintptr_t d_k, uintptr_t d_v) {
         p.d_out = moca::pointer<>(d_out);
+        p.d_lse = moca::pointer<const float>(d_lse);
         p.delta = moca::pointer<float>(delta);
         p.d_q = moca::pointer<>(d_q);
         p.d_k = moca::pointer<>(d_k);
@@ -104,5 +106,5 @@ MOCA_BINDING(attention, m) {
         py::gil_scoped_release release;
         moca::attention_backward(p);
       },
-      "params"_a, py::kw_only(), "d_out"_a, "delta"_a, "d_q"_a, "d_k"_a, "d_v"_a);
+      "params"_a, py::kw_only(), "d_out"_a, "d_lse"_a, "delta"_a, "d_q"_a, "d_k"_a, "d_v"_a);
 }

@@ -96,14 +96,14 @@ class Forward {
     split_rows(p.queries, tile, m.blocks);
     for (int64_t h = 0; h < heads; ++h)
       pack_rows(Head<T>(p.q, p.q_strides, first + h), tile.row_begin, tile.row_end, p.dim,
-                p.softmax_scale, m.queries.get() + h * rows * width, width);
+                m.queries.get() + h * rows * width, width);
     std::fill_n(m.sums.get(), heads * rows * width, 0.0f);
     std::fill_n(m.totals.get(), heads * rows, 0.0f);
     std::fill_n(m.peaks.get(), heads * rows, -kInfinity);
     for (int64_t begin = tile.key_begin; begin < tile.key_end; begin += kColumns) {
       const int64_t end = std::min<int64_t>(begin + kColumns, tile.key_end);
-      pack_columns(k, begin, end, p.dim, 1.0f, m.keys.get());
-      pack_rows(v, begin, end, p.dim, 1.0f, m.values.get(), width);
+      pack_columns(k, begin, end, p.dim, m.keys.get());
+      pack_rows(v, begin, end, p.dim, m.values.get(), width);
       for (int64_t h = 0; h < heads; ++h)
         for (const RowBlock& block : m.blocks) {
           const Overlap overlap(block, begin, end);
@@ -127,8 +127,10 @@ class Forward {
                  int64_t at) const {
     const int64_t size = overlap.size(), vectors = ceil_div(size, kLanes);
     float* scores = m.scores.get();
-    multiply(block.count, vectors, p.dim, m.queries.get() + at * width, width,
-             m.keys.get() + offset, kPitch, scores, kPitch, false);
+    multiply(block.count, vectors, p.dim,
+             {m.queries.get() + at * width, width, m.keys.get() + offset, kPitch, scores, kPitch,
+              p.softmax_scale},
+             false);
     float* sums = m.sums.get() + at * width;
     for (int64_t r = 0; r < block.count; ++r) {
       float* row = scores + r * kPitch;
@@ -149,9 +151,13 @@ class Forward {
   void finish_row(const ForwardMemory& m, int64_t at, int64_t i, int64_t h) const {
     const bool empty = p.queries.start[i] == p.queries.end[i];
     const float total = m.totals.get()[at];
-    store_row(m.sums.get() + at * width, empty ? 0.0f : 1.0f / total, p.dim,
-              static_cast<T*>(p.out) + (i * p.heads + h) * p.dim);
-    p.lse[i * p.heads + h] = empty ? -kInfinity : m.peaks.get()[at] + std::log(total);
+    float* sums = m.sums.get() + at * width;
+    for (int64_t d = 0; d < width; d += kLanes)
+      store(sums + d, load(sums + d) / (empty ? 1.0f : total));
+    store_row(sums, 1.0f, p.dim, static_cast<T*>(p.out) + (i * p.heads + h) * p.dim);
+    const double lse = m.peaks.get()[at] + std::log(static_cast<double>(total));
+    p.lse[i * p.heads + h] = empty ? -kInfinity : static_cast<float>(lse);
+    p.lse_rest[i * p.heads + h] = empty ? 0.0f : static_cast<float>(lse - static_cast<float>(lse));
   }
 };
 
@@ -168,14 +174,16 @@ struct BackwardMemory {
         d_first(rows * width),
         d_second(rows * width),
         lse(kPitch),
+        lse_rest(kPitch),
         delta(kPitch),
+        d_lse(kPitch),
         scores(kRows * kPitch),
         d_scores(kRows * kPitch) {}
   Buffer first_columns, second_columns;  // the column side, transposed
   Buffer first_rows, second_rows;        // the column side, as it is
   Buffer first, second;                  // the row side
   Buffer d_first, d_second;              // its gradients
-  Buffer lse, delta;                     // of the column side, where that is the queries
+  Buffer lse, lse_rest, delta, d_lse;    // of the column side, where that is the queries
   Buffer scores, d_scores;
   std::vector<RowBlock> blocks;
 };
@@ -186,25 +194,26 @@ class Backward {
   explicit Backward(const AttentionParams& params)
       : p(params), width(round_up(p.dim, kLanes)), contiguous{p.heads * p.dim, p.dim} {}
 
-  // delta = rowsum(out * d_out) - d_lse of the queries of block `task % blocks` and one head. It
-  // adds up in the order of the products d_out . v, so that a query with a single key, whose output
-  // is that value, gets gradients of exactly 0.
+  // delta = rowsum(out * d_out) of the queries of block `task % blocks` and one head. It adds up in
+  // the order of the products d_out . v, so that a query with a single key, whose output is that
+  // value, gets gradients of exactly 0.
   void prepare(int64_t blocks, int64_t task, BackwardMemory& m) const {
     const int64_t h = task / blocks, begin = task % blocks * kColumns;
     const int64_t end = std::min(begin + kColumns, p.queries.size);
     float *out = m.first_columns.get(), *d_out = m.second_columns.get();
-    pack_columns(Head<T>(p.out, contiguous, h), begin, end, p.dim, 1.0f, out);
-    pack_columns(Head<T>(p.d_out, contiguous, h), begin, end, p.dim, 1.0f, d_out);
+    pack_columns(Head<T>(p.out, contiguous, h), begin, end, p.dim, out);
+    pack_columns(Head<T>(p.d_out, contiguous, h), begin, end, p.dim, d_out);
     for (int64_t i = 0; i < end - begin; i += kLanes) {
-      Lanes sum = {};
-      for (int64_t d = 0; d < p.dim; ++d)
-        sum += load(out + d * kPitch + i) * load(d_out + d * kPitch + i);
-      store(m.delta.get() + i, sum);
+      Lanes total = {};
+      for (int64_t first = 0; first < p.dim; first += kChain) {
+        Lanes sum = {};
+        for (int64_t d = first; d < std::min(first + kChain, p.dim); ++d)
+          sum += load(out + d * kPitch + i) * load(d_out + d * kPitch + i);
+        total += sum;
+      }
+      store(m.delta.get() + i, total);
     }
-    for (int64_t i = begin; i < end; ++i) {
-      float& delta = p.delta[i * p.heads + h];
-      delta = m.delta.get()[i - begin] - delta;
-    }
+    for (int64_t i = begin; i < end; ++i) p.delta[i * p.heads + h] = m.delta.get()[i - begin];
   }
 
   // d_q of a query tile and the heads of the task.
@@ -217,16 +226,16 @@ class Backward {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t at = h * rows * width;
       pack_rows(Head<T>(p.q, p.q_strides, first + h), tile.row_begin, tile.row_end, p.dim,
-                p.softmax_scale, m.first.get() + at, width);
-      pack_rows(Head<T>(p.d_out, contiguous, first + h), tile.row_begin, tile.row_end, p.dim, 1.0f,
+                m.first.get() + at, width);
+      pack_rows(Head<T>(p.d_out, contiguous, first + h), tile.row_begin, tile.row_end, p.dim,
                 m.second.get() + at, width);
     }
     std::fill_n(m.d_first.get(), heads * rows * width, 0.0f);
     for (int64_t begin = tile.key_begin; begin < tile.key_end; begin += kColumns) {
       const int64_t end = std::min<int64_t>(begin + kColumns, tile.key_end);
-      pack_columns(k, begin, end, p.dim, 1.0f, m.first_columns.get());
-      pack_columns(v, begin, end, p.dim, 1.0f, m.second_columns.get());
-      pack_rows(k, begin, end, p.dim, p.softmax_scale, m.first_rows.get(), width);
+      pack_columns(k, begin, end, p.dim, m.first_columns.get());
+      pack_columns(v, begin, end, p.dim, m.second_columns.get());
+      pack_rows(k, begin, end, p.dim, m.first_rows.get(), width);
       for (int64_t h = 0; h < heads; ++h)
         for (const RowBlock& block : m.blocks)
           add_block<false>(m, p.queries, block, begin, end, h * rows + block.first - tile.row_begin,
@@ -234,7 +243,7 @@ class Backward {
     }
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t i = tile.row_begin; i < tile.row_end; ++i)
-        store_row(m.d_first.get() + (h * rows + i - tile.row_begin) * width, 1.0f, p.dim,
+        store_row(m.d_first.get() + (h * rows + i - tile.row_begin) * width, p.softmax_scale, p.dim,
                   static_cast<T*>(p.d_q) + (i * p.heads + first + h) * p.dim);
   }
 
@@ -244,9 +253,9 @@ class Backward {
     const int64_t kv_head = task / tiles, group = p.heads / p.kv_heads;
     const int64_t rows = tile.row_end - tile.row_begin;
     split_rows(p.keys, tile, m.blocks);
-    pack_rows(Head<T>(p.k, p.k_strides, kv_head), tile.row_begin, tile.row_end, p.dim, 1.0f,
+    pack_rows(Head<T>(p.k, p.k_strides, kv_head), tile.row_begin, tile.row_end, p.dim,
               m.first.get(), width);
-    pack_rows(Head<T>(p.v, p.v_strides, kv_head), tile.row_begin, tile.row_end, p.dim, 1.0f,
+    pack_rows(Head<T>(p.v, p.v_strides, kv_head), tile.row_begin, tile.row_end, p.dim,
               m.second.get(), width);
     std::fill_n(m.d_first.get(), rows * width, 0.0f);
     std::fill_n(m.d_second.get(), rows * width, 0.0f);
@@ -259,7 +268,7 @@ class Backward {
       }
     for (int64_t j = tile.row_begin; j < tile.row_end; ++j) {
       const int64_t from = (j - tile.row_begin) * width, to = (j * p.kv_heads + kv_head) * p.dim;
-      store_row(m.d_first.get() + from, 1.0f, p.dim, static_cast<T*>(p.d_k) + to);
+      store_row(m.d_first.get() + from, p.softmax_scale, p.dim, static_cast<T*>(p.d_k) + to);
       store_row(m.d_second.get() + from, 1.0f, p.dim, static_cast<T*>(p.d_v) + to);
     }
   }
@@ -271,13 +280,15 @@ class Backward {
  private:
   void pack_queries(BackwardMemory& m, int64_t h, int64_t begin, int64_t end) const {
     const Head<T> q(p.q, p.q_strides, h), d_out(p.d_out, contiguous, h);
-    pack_columns(q, begin, end, p.dim, p.softmax_scale, m.first_columns.get());
-    pack_columns(d_out, begin, end, p.dim, 1.0f, m.second_columns.get());
-    pack_rows(q, begin, end, p.dim, p.softmax_scale, m.first_rows.get(), width);
-    pack_rows(d_out, begin, end, p.dim, 1.0f, m.second_rows.get(), width);
+    pack_columns(q, begin, end, p.dim, m.first_columns.get());
+    pack_columns(d_out, begin, end, p.dim, m.second_columns.get());
+    pack_rows(q, begin, end, p.dim, m.first_rows.get(), width);
+    pack_rows(d_out, begin, end, p.dim, m.second_rows.get(), width);
     for (int64_t i = begin; i < end; ++i) {
       m.lse.get()[i - begin] = p.lse[i * p.heads + h];
+      m.lse_rest.get()[i - begin] = p.lse_rest[i * p.heads + h];
       m.delta.get()[i - begin] = p.delta[i * p.heads + h];
+      m.d_lse.get()[i - begin] = p.d_lse[i * p.heads + h];
     }
   }
 
@@ -290,21 +301,28 @@ class Backward {
     if (overlap.size() <= 0) return;
     const int64_t vectors = ceil_div(overlap.size(), kLanes), offset = overlap.begin - begin;
     float *scores = m.scores.get(), *d_scores = m.d_scores.get();
-    multiply(block.count, vectors, p.dim, m.first.get() + at * width, width,
-             m.first_columns.get() + offset, kPitch, scores, kPitch, false);
-    multiply(block.count, vectors, p.dim, m.second.get() + at * width, width,
-             m.second_columns.get() + offset, kPitch, d_scores, kPitch, false);
+    multiply(block.count, vectors, p.dim,
+             {m.first.get() + at * width, width, m.first_columns.get() + offset, kPitch, scores,
+              kPitch, p.softmax_scale},
+             false);
+    multiply(block.count, vectors, p.dim,
+             {m.second.get() + at * width, width, m.second_columns.get() + offset, kPitch, d_scores,
+              kPitch},
+             false);
     for (int64_t r = 0; r < block.count; ++r) {
       const int64_t query = kTransposed ? 0 : (block.first + r) * p.heads + h;
-      Lanes lse = broadcast(p.lse[query]), delta = broadcast(p.delta[query]);
+      Lanes lse = broadcast(p.lse[query]), lse_rest = broadcast(p.lse_rest[query]);
+      Lanes delta = broadcast(p.delta[query]), d_lse = broadcast(p.d_lse[query]);
       for (int64_t j = 0; j < vectors * kLanes; j += kLanes) {
         if constexpr (kTransposed) {
           lse = load(m.lse.get() + offset + j);
+          lse_rest = load(m.lse_rest.get() + offset + j);
           delta = load(m.delta.get() + offset + j);
+          d_lse = load(m.d_lse.get() + offset + j);
         }
         float *score = scores + r * kPitch + j, *d_score = d_scores + r * kPitch + j;
-        const Lanes weight = exp_lanes(load(score) - lse);
-        store(d_score, weight * (load(d_score) - delta));
+        const Lanes weight = exp_lanes((load(score) - lse) - lse_rest);
+        store(d_score, weight * (load(d_score) - delta + d_lse));
         store(score, weight);
       }
     }

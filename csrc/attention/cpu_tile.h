@@ -16,61 +16,72 @@ constexpr int kRows = 6;                        // rows of a register block
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // vectors of a register block
 constexpr int64_t kColumns = 128;               // columns packed at a time
 constexpr int64_t kPitch = kColumns + 16;       // one vector of slack; no power of two
+constexpr int64_t kChain = 32;                  // longest plain sum: longer ones lose digits
 constexpr int64_t kHeads = 4;                   // heads that share one packing of keys
 
-// c (R, N vectors) = or += a (R, depth) . b (depth, N vectors), the sums held in registers.
+// c = factor * a . b, or c += a . b: rows of a, b and c are `pitch` floats apart.
+struct Product {
+  const float* a;
+  int64_t a_pitch;
+  const float* b;
+  int64_t b_pitch;
+  float* c;
+  int64_t c_pitch;
+  float factor = 1.0f;
+};
+
+// R rows and N vectors of a product over `depth`, the sums held in registers.
 template <int R, int N>
-inline void multiply_block(int64_t depth, const float* a, int64_t a_pitch, const float* b,
-                           int64_t b_pitch, float* c, int64_t c_pitch, bool accumulate) {
-  Lanes sum[R][N] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Lanes right[N];
+inline void multiply_block(int64_t depth, const Product& x, bool accumulate) {
+  for (int64_t begin = 0; begin < depth; begin += kChain) {
+    const int64_t end = std::min(begin + kChain, depth);
+    Lanes sum[R][N] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      Lanes right[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) right[n] = load(b + k * b_pitch + n * kLanes);
+      for (int n = 0; n < N; ++n) right[n] = load(x.b + k * x.b_pitch + n * kLanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Lanes left = broadcast(a[r * a_pitch + k]);
+      for (int r = 0; r < R; ++r) {
+        const Lanes left = broadcast(x.a[r * x.a_pitch + k]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[r][n] += left * right[n];
+        for (int n = 0; n < N; ++n) sum[r][n] += left * right[n];
+      }
     }
+    const float factor = end == depth ? x.factor : 1.0f;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        float* to = x.c + r * x.c_pitch + n * kLanes;
+        store(to, (accumulate || begin > 0 ? load(to) + sum[r][n] : sum[r][n]) * factor);
+      }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      float* to = c + r * c_pitch + n * kLanes;
-      store(to, accumulate ? load(to) + sum[r][n] : sum[r][n]);
-    }
 }
 
 template <int R>
-void multiply_rows(int64_t vectors, int64_t depth, const float* a, int64_t a_pitch, const float* b,
-                   int64_t b_pitch, float* c, int64_t c_pitch, bool accumulate) {
-  for (; vectors >= kVectors; vectors -= kVectors, b += kVectors * kLanes, c += kVectors * kLanes)
-    multiply_block<R, kVectors>(depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
-  if (vectors == 1) multiply_block<R, 1>(depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
+void multiply_rows(int64_t vectors, int64_t depth, Product x, bool accumulate) {
+  for (; vectors >= kVectors; vectors -= kVectors) {
+    multiply_block<R, kVectors>(depth, x, accumulate);
+    x.b += kVectors * kLanes;
+    x.c += kVectors * kLanes;
+  }
+  if (vectors == 1) multiply_block<R, 1>(depth, x, accumulate);
   if constexpr (kVectors > 2) {
-    if (vectors == 2) multiply_block<R, 2>(depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
-    if (vectors == 3) multiply_block<R, 3>(depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
+    if (vectors == 2) multiply_block<R, 2>(depth, x, accumulate);
+    if (vectors == 3) multiply_block<R, 3>(depth, x, accumulate);
   }
 }
 
-// c (rows, vectors) = or += a (rows, depth) . b (depth, vectors), for up to kRows rows.
-inline void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t a_pitch,
-                     const float* b, int64_t b_pitch, float* c, int64_t c_pitch, bool accumulate) {
+// The product of a (rows, depth) and b (depth, vectors), for up to kRows rows.
+inline void multiply(int64_t rows, int64_t vectors, int64_t depth, const Product& x,
+                     bool accumulate) {
   switch (rows) {
-    case 1:
-      return multiply_rows<1>(vectors, depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
-    case 2:
-      return multiply_rows<2>(vectors, depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
-    case 3:
-      return multiply_rows<3>(vectors, depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
-    case 4:
-      return multiply_rows<4>(vectors, depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
-    case 5:
-      return multiply_rows<5>(vectors, depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
-    case 6:
-      return multiply_rows<6>(vectors, depth, a, a_pitch, b, b_pitch, c, c_pitch, accumulate);
+    case 1: return multiply_rows<1>(vectors, depth, x, accumulate);
+    case 2: return multiply_rows<2>(vectors, depth, x, accumulate);
+    case 3: return multiply_rows<3>(vectors, depth, x, accumulate);
+    case 4: return multiply_rows<4>(vectors, depth, x, accumulate);
+    case 5: return multiply_rows<5>(vectors, depth, x, accumulate);
+    case 6: return multiply_rows<6>(vectors, depth, x, accumulate);
   }
 }
 
@@ -117,24 +128,21 @@ struct Head {
   int64_t stride;
 };
 
-// Rows [begin, end) in float32, times `scale`, `pitch` apart; D is padded with zeros to whole
-// vectors.
+// Rows [begin, end) in float32, `pitch` apart; D is padded with zeros to whole vectors.
 template <typename T>
-void pack_rows(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, float scale, float* to,
+void pack_rows(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, float* to,
                int64_t pitch) {
   const int64_t whole = dim / kLanes * kLanes;
   for (int64_t i = begin; i < end; ++i, to += pitch) {
     const T* from = head[i];
-    for (int64_t d = 0; d < whole; d += kLanes) store(to + d, load(from + d) * scale);
-    if (whole < dim) store(to + whole, load_some(from + whole, dim - whole) * scale);
+    for (int64_t d = 0; d < whole; d += kLanes) store(to + d, load(from + d));
+    if (whole < dim) store(to + whole, load_some(from + whole, dim - whole));
   }
 }
 
-// Rows [begin, end) times `scale` become columns: to[d * kPitch + i]. Slack up to a whole vector is
-// zero.
+// Rows [begin, end) become columns: to[d * kPitch + i]. Slack up to a whole vector is zero.
 template <typename T>
-void pack_columns(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, float scale,
-                  float* to) {
+void pack_columns(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, float* to) {
   for (int64_t i = begin; i < end; i += kLanes, to += kLanes)
     for (int64_t d = 0; d < dim; d += kLanes) {
       Lanes x[kLanes];
@@ -143,7 +151,7 @@ void pack_columns(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, 
 #pragma GCC unroll 16
       for (int r = 0; r < kLanes; ++r) {
         const T* from = r < rows ? head[i + r] + d : nullptr;
-        x[r] = !from ? Lanes{} : (whole ? load(from) : load_some(from, dim - d)) * scale;
+        x[r] = !from ? Lanes{} : whole ? load(from) : load_some(from, dim - d);
       }
       transpose(x);
 #pragma GCC unroll 16
@@ -160,8 +168,10 @@ inline void accumulate_visible(const Spans& spans, const RowBlock& block, const 
   const auto add = [&](int64_t row, int64_t rows, int64_t begin, int64_t end) {
     if (begin >= end) return;
     const int64_t skip = begin - overlap.begin;
-    multiply(rows, pitch / kLanes, end - begin, weights + row * kPitch + skip, kPitch,
-             columns + skip * pitch, pitch, sum + row * pitch, pitch, true);
+    multiply(rows, pitch / kLanes, end - begin,
+             {weights + row * kPitch + skip, kPitch, columns + skip * pitch, pitch,
+              sum + row * pitch, pitch},
+             true);
   };
   add(0, block.count, overlap.shared_begin, overlap.shared_end);
   if (overlap.shared_begin == overlap.begin && overlap.shared_end == overlap.end) return;

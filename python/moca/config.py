@@ -8,9 +8,11 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
+
+OnError = Literal["raise", "skip"]
 
 
 class ConfigError(ValueError):
@@ -29,19 +31,20 @@ class RunConfig:
     steps: int = 1000
     resume: bool = False  # go on from the newest checkpoint in `output`
     seed: int = 0
-    optimizer: str = "adamw"  # adamw | muon (Muon for hidden matrices, AdamW for the rest)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: AdamW where it does not apply
     lr: float = 2e-5
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    schedule: str = "linear"  # decay after the warm-up: linear | cosine | constant
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     warmup: float = 0.05  # fraction of the steps
     grad_clip: float = 5.0  # largest gradient norm; 0 leaves gradients as they are
-    precision: str = "auto"  # auto (bf16 where the hardware multiplies it, else fp32) | fp32 | bf16
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where hardware multiplies it
     gradient_checkpointing: bool = False
     max_length: int = 1280  # tokens of one document; images are kept or dropped whole
-    on_error: str = "raise"  # unreadable record: raise | skip (counted and reported)
+    on_error: OnError = "raise"  # unreadable record: raise | skip (counted and reported)
     flip: float = 0.0  # probability that an image is mirrored left to right
     rotate: float = 0.0  # largest rotation of an image, degrees
+    shift: float = 0.0  # largest move of an image, as a fraction of its sides
     cache_images: bool = False  # keep resized images in memory
     workers: int = 0  # processes that prepare batches
     log_every: int = 10  # steps
@@ -49,15 +52,11 @@ class RunConfig:
     keep_checkpoints: int = 2
 
     def check(self) -> None:
-        _choice(self, "optimizer", ("adamw", "muon"))
-        _choice(self, "schedule", ("linear", "cosine", "constant"))
-        _choice(self, "precision", ("auto", "fp32", "bf16"))
-        _choice(self, "on_error", ("raise", "skip"))
         for name in ("steps", "max_length", "log_every", "save_every", "keep_checkpoints"):
             _at_least(self, name, 1)
         for name in ("workers", "grad_clip", "weight_decay", "rotate"):
             _at_least(self, name, 0)
-        for name in ("warmup", "flip"):
+        for name in ("warmup", "flip", "shift"):
             _fraction(self, name)
         _positive(self, "lr")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -128,10 +127,9 @@ class EmbedConfig:
     output: str  # the index directory; refused if it exists
     batch_tokens: int = 8192
     max_length: int = 1280
-    on_error: str = "raise"
+    on_error: OnError = "raise"
 
     def check(self) -> None:
-        _choice(self, "on_error", ("raise", "skip"))
         _at_least(self, "batch_tokens", 1)
         _at_least(self, "max_length", 1)
 
@@ -147,10 +145,9 @@ class EvalConfig:
     output: str = ""  # a JSON file for the metrics; empty prints only
     batch_tokens: int = 8192
     max_length: int = 1280
-    on_error: str = "raise"
+    on_error: OnError = "raise"
 
     def check(self) -> None:
-        _choice(self, "on_error", ("raise", "skip"))
         _at_least(self, "batch_tokens", 1)
         _at_least(self, "max_length", 1)
         tasks = [*self.pairs, *self.mmeb, *self.beir]
@@ -252,6 +249,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
             return None
         (inner,) = (a for a in arguments if a is not type(None))
         return _coerce(key, value, inner)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{key}: expected one of {', '.join(arguments)}, got {value!r}")
     if origin is list and isinstance(value, list):
         return [_coerce(f"{key}[{i}]", item, arguments[0]) for i, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
@@ -274,11 +275,6 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
-    if (value := getattr(config, name)) not in choices:
-        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def _at_least(config: Any, name: str, least: float) -> None:

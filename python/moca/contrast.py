@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import moca_fast.nn
-from moca.config import ConfigError, ContrastConfig
+from moca.config import ConfigError, ContrastConfig, OnError
 from moca.data.augment import augment_images, drop_tokens, preload_images
 from moca.data.batching import TaskBatches, pair_keys
 from moca.data.encode import Encoded, Encoder
@@ -129,7 +129,9 @@ class PairBatches(Dataset):
 
     def _encode(self, document: Document, rng: np.random.Generator) -> Encoded:
         config = self.config
-        changed = augment_images(document, rng, config.flip, config.rotate)
+        changed = augment_images(
+            document, rng, flip=config.flip, rotate=config.rotate, shift=config.shift
+        )
         return drop_tokens(self.encoder(changed), rng, config.token_dropout, self.special_ids)
 
 
@@ -190,7 +192,7 @@ def contrast(config: ContrastConfig) -> None:
     accelerator.wait_for_everyone()
 
 
-def load_tasks(sources: dict[str, str], on_error: str) -> dict[str, list[Pair]]:
+def load_tasks(sources: dict[str, str], on_error: OnError) -> dict[str, list[Pair]]:
     """Pairs by task; an empty source is an error."""
     tasks = {}
     for name, source in sources.items():

@@ -195,7 +195,13 @@ class CptBatches(Dataset):
         encoded = []
         for index in self._indices(number):
             document, part = self.pieces[index]
-            changed = augment_images(self.documents[document], rng, config.flip, config.rotate)
+            changed = augment_images(
+                self.documents[document],
+                rng,
+                flip=config.flip,
+                rotate=config.rotate,
+                shift=config.shift,
+            )
             encoded.append(self.encoder.split(changed, config.max_length)[part])
         return mask_batch(
             pack(encoded, self.merge_size, self.encoder.image_token_id),

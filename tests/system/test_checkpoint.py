@@ -106,7 +106,7 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(CheckpointError, match="No space left.*checkpoint-00000001 is intact"):
+    with pytest.raises(CheckpointError, match=r"No space left.*checkpoint-00000001 is intact"):
         save(tmp_path, 2)
     assert latest_checkpoint(tmp_path) == first
     assert [p.name for p in tmp_path.iterdir()] == [first.name]

@@ -70,7 +70,9 @@ def test_missing_key():
 
 def test_task_of_weights_must_exist():
     values = {"model": "m", "output": "o", "pairs": {"emoji": "e"}, "task_weights": {"emojy": 1}}
-    with pytest.raises(ConfigError, match=r"task_weights: no such task 'emojy'; did you mean 'emoji'"):
+    with pytest.raises(
+        ConfigError, match=r"task_weights: no such task 'emojy'; did you mean 'emoji'"
+    ):
         from_dict(ContrastConfig, values)
 
 

@@ -25,7 +25,9 @@ def test_kinds_of_items(embedder, tmp_path):
     vectors = embedder.encode(same)
     assert vectors.shape == (5, embedder.dimension) and vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, np.repeat(vectors[:1], 5, axis=0), atol=1e-5)
-    np.testing.assert_allclose(embedder.encode("a red square")[0], embedder.encode(["a red square"])[0])
+    np.testing.assert_allclose(
+        embedder.encode("a red square")[0], embedder.encode(["a red square"])[0]
+    )
 
 
 def test_packing_and_order_change_nothing(embedder):

@@ -140,7 +140,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, monkeypatch):
         real(tensors, path)
 
     monkeypatch.setattr(moca.checkpoint, "save_file", full_later)
-    with pytest.raises(CheckpointError, match="No space left.*checkpoint-00000002 is intact"):
+    with pytest.raises(CheckpointError, match=r"No space left.*checkpoint-00000002 is intact"):
         pretrain(cpt_config(data, tmp_path / "run", steps=6))
     monkeypatch.undo()
     pretrain(cpt_config(data, tmp_path / "run", steps=6, resume=True))

@@ -12,7 +12,12 @@ from moca.model import build_model, tiny_config
 from moca.saving import build_tokenizer
 
 IMAGES = ImageSettings(patch_size=4, merge_size=2, min_pixels=64, max_pixels=512)
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "grey": (90, 90, 90)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 60),
+    "blue": (40, 60, 220),
+    "grey": (90, 90, 90),
+}
 SHAPES = ("square", "circle", "cross", "stripes", "corner", "frame")
 
 

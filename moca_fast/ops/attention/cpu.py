@@ -13,12 +13,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
-    _C.attention_forward(_params(q, k, v, out, lse, mask, softmax_scale))
-    return out, lse
+    lse_rest = torch.empty_like(lse)
+    _C.attention_forward(_params(q, k, v, out, lse, lse_rest, mask, softmax_scale))
+    return out, lse, lse_rest
 
 
 def backward(
@@ -29,6 +30,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     mask: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
@@ -36,11 +38,12 @@ def backward(
     # No sum here depends on the order in which threads finish, so `deterministic` changes nothing.
     q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    # Becomes rowsum(out * d_out) - d_lse, all that the backward needs to know about `out`.
-    delta = d_lse.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    d_lse = d_lse.to(torch.float32).contiguous()
+    delta = torch.empty(lse.shape, dtype=torch.float32)  # working memory
     _C.attention_backward(
-        _params(q, k, v, out, lse, mask, softmax_scale),
+        _params(q, k, v, out, lse, lse_rest, mask, softmax_scale),
         d_out=d_out.data_ptr(),
+        d_lse=d_lse.data_ptr(),
         delta=delta.data_ptr(),
         d_q=d_q.data_ptr(),
         d_k=d_k.data_ptr(),
@@ -60,6 +63,7 @@ def _params(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     mask: list[Tensor],
     softmax_scale: float,
 ) -> "_C.AttentionParams":
@@ -69,6 +73,7 @@ def _params(
         v=v.data_ptr(),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
+        lse_rest=lse_rest.data_ptr(),
         q_strides=q.stride()[:2],
         k_strides=k.stride()[:2],
         v_strides=v.stride()[:2],

@@ -56,7 +56,7 @@ def attention(
     keys = mask.transposed()
     spans = [mask.start, mask.end, mask.tiles(TILE_ROWS)]
     spans += [keys.start, keys.end, keys.tiles(TILE_ROWS)]
-    out, lse = torch.ops.moca_fast.attention(q, k, v, spans, scale, deterministic, backend)
+    out, lse, _ = torch.ops.moca_fast.attention(q, k, v, spans, scale, deterministic, backend)
     return (out, lse) if return_lse else out
 
 
@@ -106,7 +106,9 @@ def _forward(
     softmax_scale: float,
     deterministic: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse in float32, and what rounding took from lse, so that the backward finds the
+    probabilities as exactly as the forward did."""
     kernel = _dispatch.select(OP, backend, q, k, v)
     return kernel.forward(q, k, v, mask, softmax_scale)
 
@@ -120,22 +122,26 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     mask: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = _dispatch.select(OP, backend, q, k, v)
-    return kernel.backward(d_out, d_lse, q, k, v, out, lse, mask, softmax_scale, deterministic)
+    return kernel.backward(
+        d_out, d_lse, q, k, v, out, lse, lse_rest, mask, softmax_scale, deterministic
+    )
 
 
 @_forward.register_fake
 def _(q, k, v, mask, softmax_scale, deterministic, backend):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), lse, torch.empty_like(lse)
 
 
 @_backward.register_fake
-def _(d_out, d_lse, q, k, v, out, lse, mask, softmax_scale, deterministic, backend):
+def _(d_out, d_lse, q, k, v, out, lse, lse_rest, mask, softmax_scale, deterministic, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -144,10 +150,21 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output, *mask)
 
 
-def _autograd(ctx, d_out, d_lse):
-    q, k, v, out, lse, *mask = ctx.saved_tensors
+def _autograd(ctx, d_out, d_lse, _):
+    q, k, v, out, lse, lse_rest, *mask = ctx.saved_tensors
     d_q, d_k, d_v = torch.ops.moca_fast.attention_backward(
-        d_out, d_lse, q, k, v, out, lse, mask, ctx.softmax_scale, ctx.deterministic, ctx.backend
+        d_out,
+        d_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        lse_rest,
+        mask,
+        ctx.softmax_scale,
+        ctx.deterministic,
+        ctx.backend,
     )
     needs = ctx.needs_input_grad
     grads = [grad if need else None for grad, need in zip((d_q, d_k, d_v), needs, strict=False)]

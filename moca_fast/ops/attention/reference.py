@@ -10,12 +10,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, values = _grouped(q, k), _wide(k), _wide(v)
     scores = _scores(queries, keys, mask, softmax_scale)
-    lse = scores.logsumexp(dim=-1)
-    out = torch.einsum("hgij,jhd->ihgd", _probabilities(scores, lse), values)
-    return out.flatten(1, 2).to(q.dtype), lse.flatten(0, 1).t().contiguous().float()
+    out = torch.einsum("hgij,jhd->ihgd", _probabilities(scores, mask), values)
+    lse = scores.logsumexp(dim=-1).flatten(0, 1).t().contiguous().float()
+    return out.flatten(1, 2).to(q.dtype), lse, torch.zeros_like(lse)
 
 
 def backward(
@@ -26,19 +26,19 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     mask: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, values = _grouped(q, k), _wide(k), _wide(v)
-    scores = _scores(queries, keys, mask, softmax_scale)
-    probabilities = _probabilities(scores, scores.logsumexp(dim=-1))
+    probabilities = _probabilities(_scores(queries, keys, mask, softmax_scale), mask)
     d_outs = _grouped(d_out, k)
     d_values = torch.einsum("hgij,ihgd->jhd", probabilities, d_outs)
     d_probabilities = torch.einsum("ihgd,jhd->hgij", d_outs, values)
-    mean = (probabilities * d_probabilities).sum(dim=-1)
-    shift = mean - _grouped(d_lse.unsqueeze(-1), k).squeeze(-1).permute(1, 2, 0)
-    d_scores = probabilities * (d_probabilities - shift.unsqueeze(-1)) * softmax_scale
+    mean = (probabilities * d_probabilities).sum(dim=-1, keepdim=True)
+    d_lses = _grouped(d_lse.unsqueeze(-1), k).permute(1, 2, 0, 3)
+    d_scores = probabilities * (d_probabilities - mean + d_lses) * softmax_scale
     d_queries = torch.einsum("hgij,jhd->ihgd", d_scores, keys).flatten(1, 2)
     d_keys = torch.einsum("hgij,ihgd->jhd", d_scores, queries)
     return d_queries.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype)
@@ -61,7 +61,7 @@ def _scores(queries: Tensor, keys: Tensor, mask: list[Tensor], softmax_scale: fl
     return scores.masked_fill(~visible, float("-inf"))
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), and 0 where a row sees nothing."""
-    shift = lse.masked_fill(lse == float("-inf"), 0.0)
-    return (scores - shift.unsqueeze(-1)).exp()
+def _probabilities(scores: Tensor, mask: list[Tensor]) -> Tensor:
+    """Softmax over the keys, and 0 where a query sees nothing."""
+    sees_nothing = (mask[0] >= mask[1]).unsqueeze(1)
+    return scores.softmax(dim=-1).masked_fill(sees_nothing, 0.0)

@@ -1,5 +1,7 @@
 """info_nce on the native CPU kernels (csrc/info_nce/cpu.cpp)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,16 +37,17 @@ def backward(
         query, document, target, temperature, hard_negatives, query_ids, document_ids
     )
     d_loss = d_loss.contiguous()
+    wanted: tuple[Any, ...] = (query, document, hard_negatives, temperature)
     grads = tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else query.new_empty(0)
-        for t, need in zip((query, document, hard_negatives, temperature), needs, strict=True)
+        for t, need in zip(wanted, needs, strict=True)
     )
     addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]
     _C.info_nce_backward(_params(lse, *tensors), d_loss.data_ptr(), *addresses)
     return grads
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 

@@ -90,10 +90,16 @@ def inputs(
     """The checked tensors that backends are asked about, defaults filled in."""
     check_tensor(OP, "query", query, shape=("B", "D"), dtypes=FLOATS)
     batch, dim = query.shape
-    same = {"dtypes": (query.dtype,), "like": query}
-    check_tensor(OP, "document", document, shape=("M", dim), **same)
+    check_tensor(OP, "document", document, shape=("M", dim), dtypes=(query.dtype,), like=query)
     if hard_negatives is not None:
-        check_tensor(OP, "hard_negatives", hard_negatives, shape=(batch, "K", dim), **same)
+        check_tensor(
+            OP,
+            "hard_negatives",
+            hard_negatives,
+            shape=(batch, "K", dim),
+            dtypes=(query.dtype,),
+            like=query,
+        )
     rows = document.shape[0]
     if target is None:
         if rows < batch:
@@ -102,16 +108,16 @@ def inputs(
                 f"given, got {rows}"
             )
         target = torch.arange(batch, device=query.device)
-    ids = {"dtypes": (torch.int64,), "like": query}
-    check_tensor(OP, "target", target, shape=(batch,), **ids)
+    ids = (torch.int64,)
+    check_tensor(OP, "target", target, shape=(batch,), dtypes=ids, like=query)
     if document_ids is not None:
-        check_tensor(OP, "document_ids", document_ids, shape=(rows,), **ids)
+        check_tensor(OP, "document_ids", document_ids, shape=(rows,), dtypes=ids, like=query)
         if query_ids is None:
             query_ids = document_ids.index_select(0, target)
     elif query_ids is not None:
         raise ValueError(f"moca_fast.{OP}: query_ids: expected document_ids beside them, got none")
     if query_ids is not None:
-        check_tensor(OP, "query_ids", query_ids, shape=(batch,), **ids)
+        check_tensor(OP, "query_ids", query_ids, shape=(batch,), dtypes=ids, like=query)
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"moca_fast.{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}"

@@ -45,7 +45,7 @@ def backward(
     query_ids: Tensor | None,
     document_ids: Tensor | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dtype, count = temperature.dtype, document.shape[0]
     documents = document.to(dtype)
     hard = query[:, None, :0, None] if hard_negatives is None else hard_negatives.to(dtype)

@@ -1,5 +1,7 @@
 """linear_cross_entropy on the native CPU kernels (csrc/linear_cross_entropy/cpu.cpp)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def _counted(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).nonzero()[:, 0].contiguous()
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 

@@ -4,6 +4,8 @@ the loss of MoCa's masked-language-model head. Ignored rows are skipped, not mul
 T tokens, D dim, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,11 +78,14 @@ def inputs(
     """The checked tensors that backends are asked about, cast as autocast asks."""
     check_tensor(OP, "hidden", hidden, shape=("T", "D"), dtypes=FLOATS)
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
-    same = {"dtypes": (hidden.dtype,), "like": hidden}
-    check_tensor(OP, "weight", weight, shape=("V", hidden.shape[1]), **same)
+    check_tensor(
+        OP, "weight", weight, shape=("V", hidden.shape[1]), dtypes=(hidden.dtype,), like=hidden
+    )
     check_tensor(OP, "labels", labels, shape=(hidden.shape[0],), dtypes=(torch.int64,), like=hidden)
     if bias is not None:
-        check_tensor(OP, "bias", bias, shape=(weight.shape[0],), **same)
+        check_tensor(
+            OP, "bias", bias, shape=(weight.shape[0],), dtypes=(hidden.dtype,), like=hidden
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"moca_fast.{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}"
@@ -88,7 +93,7 @@ def inputs(
     return hidden, weight, labels, bias
 
 
-def _autocast(tensor: Tensor | None) -> Tensor | None:
+def _autocast(tensor: Any) -> Any:
     """The tensor in the dtype of an autocast region, if it stands in one; custom ops see none."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS[:3]:
         return tensor

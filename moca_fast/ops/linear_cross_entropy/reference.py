@@ -35,7 +35,7 @@ def backward(
     bias: Tensor | None,
     ignore_index: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dtype = _accumulator(hidden)
     d_hidden = hidden.new_zeros(hidden.shape)
     d_weight = weight.new_zeros(weight.shape, dtype=dtype)

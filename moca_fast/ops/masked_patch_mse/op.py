@@ -65,9 +65,7 @@ def inputs(
 
 
 @torch.library.custom_op("moca_fast::masked_patch_mse", mutates_args=())
-def _forward(
-    pred: Tensor, patches: Tensor, index: Tensor, normalize: bool, backend: str
-) -> Tensor:
+def _forward(pred: Tensor, patches: Tensor, index: Tensor, normalize: bool, backend: str) -> Tensor:
     kernel = _dispatch.select(OP, backend, pred, patches, index)
     return kernel.forward(pred, patches, index, normalize)
 

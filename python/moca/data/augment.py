@@ -14,19 +14,25 @@ from moca.data.records import Document
 
 
 def augment_images(
-    document: Document, rng: np.random.Generator, flip: float, rotate: float
+    document: Document, rng: np.random.Generator, *, flip: float, rotate: float, shift: float
 ) -> Document:
-    """Mirror each image with probability `flip` and turn it by up to `rotate` degrees."""
-    if not document.images or (flip == 0 and rotate == 0):
+    """Mirror each image with probability `flip`, turn it by up to `rotate` degrees and move it by
+    up to `shift` of its sides; what comes into view is white."""
+    if not document.images or not (flip or rotate or shift):
         return document
     images = []
     for number, source in enumerate(document.images):
         image = decode(source, f"{document.name or 'document'}: image {number}")
         if rng.random() < flip:
             image = PIL.ImageOps.mirror(image)
-        if rotate:
-            angle = rng.uniform(-rotate, rotate)
-            image = image.rotate(angle, PIL.Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
+        if rotate or shift:
+            dx, dy = rng.uniform(-shift, shift, 2)
+            image = image.rotate(
+                rng.uniform(-rotate, rotate),
+                PIL.Image.Resampling.BILINEAR,
+                translate=(round(dx * image.width), round(dy * image.height)),
+                fillcolor=(255, 255, 255),
+            )
         images.append(image)
     return replace(document, images=tuple(images))
 

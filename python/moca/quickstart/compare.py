@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def compare(run: Quickstart) -> None:
         metrics = run.stage(
             f"comparison: evaluate {name}",
             "metrics.json" if name == "contrast" else f"{name}.json",
-            lambda name=name: run.evaluate(f"{name}/model"),
+            partial(run.evaluate, f"{name}/model"),
         )
         seconds = run.times[STAGE2 if name == "contrast" else f"comparison: {name}"]
         rows.append({
@@ -73,5 +74,7 @@ def _write_scarce(run: Quickstart) -> None:
         return
     with replacing(target) as folder:
         for task in run.tasks:
-            lines = (run.folder / "data/train" / f"{task}.jsonl").read_text("utf-8").splitlines(True)
+            lines = (
+                (run.folder / "data/train" / f"{task}.jsonl").read_text("utf-8").splitlines(True)
+            )
             (folder / f"{task}.jsonl").write_text("".join(lines[::SCARCE]), encoding="utf-8")

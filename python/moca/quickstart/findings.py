@@ -112,17 +112,15 @@ def reconstruct(stage1: Path, documents: Sequence[Document]) -> list[Reconstruct
     for document, one in zip(documents, encoded, strict=True):
         rows, grid = slice(begin, begin + len(one.patches)), one.grids[0]
         begin = rows.stop
-        pixels = [
+        seen, guess, original = (
             denormalize(source[rows].numpy(), grid, settings)
             for source in (masked.batch.pixel_values, filled, masked.patches)
-        ]
-        shown.append(Reconstruction(*pixels, caption=document.name))
+        )
+        shown.append(Reconstruction(seen, guess, original, document.name))
     return shown
 
 
-def _look(
-    task: str, pool: Pool, embedder: Embedder, count: int
-) -> tuple[Similarity, list[Search]]:
+def _look(task: str, pool: Pool, embedder: Embedder, count: int) -> tuple[Similarity, list[Search]]:
     """A heat-map of the first held-out items, and what the model finds for some of them."""
     queries, documents = embedder.encode(pool.queries), embedder.encode(pool.candidates)
     shown = range(min(HEAT_MAP, len(pool.queries)))
@@ -142,7 +140,8 @@ def _search(task: str, pool: Pool, query: int, scores: np.ndarray) -> Search:
     right = pool.relevance[query]
     rank = 1 + next(place for place, document in enumerate(order) if document in right)
     hits = [
-        Hit(Item.of(pool.candidates[i]), float(scores[i]), i in right) for i in order[:HITS].tolist()
+        Hit(Item.of(pool.candidates[i]), float(scores[i]), i in right)
+        for i in order[:HITS].tolist()
     ]
     answer = None if rank <= HITS else Item.of(pool.candidates[min(right)])
     return Search(task, Item.of(pool.queries[query]), hits, rank, len(order), answer)

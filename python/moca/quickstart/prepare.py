@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 
 from moca.checkpoint import replacing
 from moca.data.images import ImageSettings, decode, resize
-from moca.data.records import Document, ImageLike, Pair
+from moca.data.records import IMAGE_MARKER, Document, ImageLike, Pair
 from moca.quickstart.corpora import Corpora
+from moca.quickstart.derived import derive_pairs
+from moca.quickstart.manual import SECTION_TASK
 
 
 class PictureStore:
@@ -68,21 +70,30 @@ def write_corpora(
             schema = pa.schema([("text", pa.string()), ("images", pa.list_(pa.binary()))])
             table = pa.Table.from_pylist(rows, schema)
             pq.write_table(table, data / "documents" / f"{source}.parquet")
-        for part in ("train", "test"):
+        train = {task.name: task.train for task in corpora.tasks}
+        train |= derive_pairs(train.get(SECTION_TASK, []), held_out_texts(corpora))
+        test = {task.name: task.test for task in corpora.tasks}
+        for part, tasks in (("train", train), ("test", test)):
             (data / part).mkdir()
-            for task in corpora.tasks:
-                pairs: Sequence[Pair] = getattr(task, part)
+            for task, pairs in tasks.items():
                 lines = [
                     json.dumps(_record(pair, store), ensure_ascii=False) + "\n"
-                    for pair in progress(pairs, f"writing {part} {task.name}")
+                    for pair in progress(pairs, f"writing {part} {task}")
                 ]
-                (data / part / f"{task.name}.jsonl").write_text("".join(lines), encoding="utf-8")
+                (data / part / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
         summary = {
             "tasks": corpora.summary(),
             "documents": {source: len(group) for source, group in corpora.documents.items()},
+            "train": {task: len(pairs) for task, pairs in train.items()},
             "notes": corpora.notes,
         }
         (data / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def held_out_texts(corpora: Corpora) -> list[str]:
+    """Every text of a test item, without image markers."""
+    sides = (s for t in corpora.tasks for pair in t.test for s in (pair.query, pair.positive))
+    return [text for side in sides if (text := side.text.replace(IMAGE_MARKER, "").strip())]
 
 
 def _record(pair: Pair, store: PictureStore) -> dict:
