@@ -8,19 +8,16 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "common/simd.h"
 
 namespace moca::MOCA_ISA {
 
-// Sums fill 24 of 32 registers with AVX-512, else 12 of 16.
-constexpr int kTileRows = kLanes == 16 ? 12 : 6;
+// Sums fill 24 of 32 registers with AVX-512, 12 of 16 with AVX2.
+constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
 constexpr int kTileCols = 2 * kLanes;
 constexpr int64_t kDepth = 256;  // a panel of this depth and kTileCols fits the first cache
-
-inline void store(float* to, Lanes value, bool accumulate) {
-  store(to, accumulate ? load(to) + value : value);
-}
 
 // Rows of a matrix, taken in order or through an index.
 template <typename T>
@@ -34,15 +31,23 @@ struct Rows {
 // `count` rows from `first` become panels whose width runs over rows and whose depth is `depth`.
 template <int W, typename T>
 void pack_rows(const Rows<T>& source, int64_t first, int64_t count, int64_t depth, float* out) {
-  for (int64_t start = 0; start < count; start += W, out += W * depth) {
-    const int64_t width = std::min<int64_t>(W, count - start);
-    for (int64_t i = 0; i < width; ++i) {
-      const T* row = source[first + start + i];
-      for (int64_t k = 0; k < depth; ++k) out[k * W + i] = to_float(row[k]);
+  constexpr int kWidth = std::min(W, kLanes);
+  static_assert(W % kWidth == 0, "a panel is whole vectors wide, or narrower than one");
+  for (int64_t start = 0; start < count; start += W, out += W * depth)
+    for (int part = 0; part < W; part += kWidth) {
+      const int64_t rows = std::clamp<int64_t>(count - start - part, 0, kWidth);
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        const int64_t steps = std::min<int64_t>(kLanes, depth - k);
+        Lanes square[kLanes] = {};
+        for (int64_t i = 0; i < rows; ++i) {
+          const T* from = source[first + start + part + i] + k;
+          square[i] = steps == kLanes ? load(from) : load_some(from, steps);
+        }
+        transpose(square);
+        for (int64_t step = 0; step < steps; ++step)
+          std::memcpy(out + (k + step) * W + part, &square[step], kWidth * sizeof(float));
+      }
     }
-    for (int64_t i = width; i < W; ++i)
-      for (int64_t k = 0; k < depth; ++k) out[k * W + i] = 0.0f;
-  }
 }
 
 // `count` rows from `first` become steps `offset` .. of panels of total depth `depth`, whose width
@@ -66,8 +71,7 @@ inline void multiply_tile(int64_t depth, const float* a, const float* b, float* 
                           int64_t rows, int64_t cols, bool accumulate) {
   Lanes sum[kTileRows][2] = {};
   for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kTileCols) {
-    const Lanes left = *reinterpret_cast<const Lanes*>(b);
-    const Lanes right = *reinterpret_cast<const Lanes*>(b + kLanes);
+    const Lanes left = load(b), right = load(b + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
       sum[i][0] += a[i] * left;
@@ -77,16 +81,16 @@ inline void multiply_tile(int64_t depth, const float* a, const float* b, float* 
   if (rows == kTileRows && cols == kTileCols) {
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i, c += stride) {
-      store(c, sum[i][0], accumulate);
-      store(c + kLanes, sum[i][1], accumulate);
+      store(c, accumulate ? load(c) + sum[i][0] : sum[i][0]);
+      store(c + kLanes, accumulate ? load(c + kLanes) + sum[i][1] : sum[i][1]);
     }
     return;
   }
   alignas(64) float spill[kTileRows][kTileCols];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
-    store(spill[i], sum[i][0], false);
-    store(spill[i] + kLanes, sum[i][1], false);
+    store(spill[i], sum[i][0]);
+    store(spill[i] + kLanes, sum[i][1]);
   }
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; ++j)

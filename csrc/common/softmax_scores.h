@@ -38,8 +38,10 @@ struct Scores {
   int64_t source(int64_t i) const { return index ? index[i] : i; }
 };
 
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
+
 struct RowStats {
-  float peak = -std::numeric_limits<float>::infinity();
+  float peak = kMasked;
   double sum = 0.0;  // of exp(score - peak)
   float own = 0.0f;  // the target's score
   double lse() const { return peak + std::log(sum); }
@@ -47,20 +49,24 @@ struct RowStats {
   float loss() const { return static_cast<float>(std::log(sum) + (double{peak} - own)); }
 };
 
-// Folds n more scores into the statistics of their row; overwrites them.
-inline void fold(RowStats& stats, float* scores, int64_t n) {
-  float peak = stats.peak;
-#pragma omp simd reduction(max : peak)
-  for (int64_t j = 0; j < n; ++j) peak = scores[j] > peak ? scores[j] : peak;
-  const float base = peak == -std::numeric_limits<float>::infinity() ? 0.0f : peak;
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += exp_lane(scores[j] - base);
-  stats.sum = (stats.sum == 0.0 ? 0.0 : stats.sum * std::exp(double{stats.peak} - base)) + sum;
+// Folds `cols` more scores into the statistics of their row.
+inline void fold(RowStats& stats, const float* scores, int64_t cols) {
+  Lanes top = broadcast(stats.peak);
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    const Lanes x = load(scores + j);
+    top = x > top ? x : top;
+  }
+  const float peak = largest(top);
+  const float base = peak == kMasked ? 0.0f : peak;
+  Lanes sum = {};
+  for (int64_t j = 0; j < cols; j += kLanes) sum += exp_lanes(load(scores + j) - base);
+  stats.sum = (stats.sum == 0.0 ? 0.0 : stats.sum * std::exp(double{stats.peak} - base)) +
+              sum_of(sum);
   stats.peak = peak;
 }
 
-// The tile of scores of `rows` rows from `first` and `cols` columns from `chunk`.
+// The tile of scores of `rows` rows from `first` and `cols` columns from `chunk`; the columns
+// that fill up the last vector are masked.
 template <typename T>
 void score_tile(const Scores<T>& s, int64_t first, int64_t rows, int64_t chunk, int64_t cols,
                 const float* w_panels, float* x_panels, float* tile, int64_t stride) {
@@ -70,18 +76,15 @@ void score_tile(const Scores<T>& s, int64_t first, int64_t rows, int64_t chunk, 
     const int64_t row = s.source(first + i);
     float* scores = tile + i * stride;
     if (s.bias)
-#pragma omp simd
       for (int64_t j = 0; j < cols; ++j) scores[j] += to_float(s.bias[chunk + j]);
     if (s.divisor != 1.0f)
-#pragma omp simd
       for (int64_t j = 0; j < cols; ++j) scores[j] /= s.divisor;
-    if (!s.row_ids) continue;
-    const int64_t id = s.row_ids[row], own = s.target[row] - chunk;
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j)
-      scores[j] = s.col_ids[chunk + j] == id && j != own
-                      ? -std::numeric_limits<float>::infinity()
-                      : scores[j];
+    if (s.row_ids) {
+      const int64_t id = s.row_ids[row], own = s.target[row] - chunk;
+      for (int64_t j = 0; j < cols; ++j)
+        scores[j] = s.col_ids[chunk + j] == id && j != own ? kMasked : scores[j];
+    }
+    std::fill(scores + cols, scores + round_up(cols, kLanes), kMasked);
   }
 }
 
@@ -113,6 +116,14 @@ void softmax_forward(const Scores<T>& s, std::vector<RowStats>& stats) {
   }
 }
 
+// exp(score - lse), with lse in two floats: rounded to one it would shift the whole row.
+struct Probability {
+  explicit Probability(double lse)
+      : high(static_cast<float>(lse)), low(static_cast<float>(lse - high)) {}
+  Lanes operator()(Lanes score) const { return exp_lanes((score - high) - low); }
+  float high, low;
+};
+
 // What the backward reads and writes; a null pointer is a gradient that is not needed.
 template <typename T>
 struct ScoreGradients {
@@ -131,21 +142,16 @@ void differentiate(const Scores<T>& s, const ScoreGradients<T>& g, int64_t i, in
   const int64_t row = s.source(i), own = s.target[row] - chunk;
   const bool has_own = own >= 0 && own < cols;
   const float own_score = has_own ? scores[own] : 0.0f;
-  const float high = static_cast<float>(g.lse[row]);
-  const float low = static_cast<float>(g.lse[row] - high);
+  const Probability probability(g.lse[row]);
   const float scale = g.d_loss[row] / s.divisor;
-  if (g.moment) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < cols; ++j) {
-      const float p = exp_lane((scores[j] - high) - low);
-      sum += p == 0.0f ? 0.0f : p * scores[j];  // a masked score is -inf
-    }
-    g.moment[i] += g.d_loss[row] * (double{sum} - own_score);
+  Lanes sum = {};
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    const Lanes score = load(scores + j), p = probability(score);
+    sum += p == 0.0f ? Lanes{} : p * score;  // a masked score is -inf
+    store(scores + j, p * scale);
   }
-#pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) scores[j] = exp_lane((scores[j] - high) - low) * scale;
-  if (has_own) scores[own] = (exp_lane((own_score - high) - low) - 1.0f) * scale;
+  if (g.moment) g.moment[i] += g.d_loss[row] * (double{sum_of(sum)} - own_score);
+  if (has_own) scores[own] = (probability(broadcast(own_score))[0] - 1.0f) * scale;
 }
 
 template <typename T>

@@ -45,8 +45,7 @@ float hard_score(const InfoNceParams& p, int64_t b, int64_t k) {
 template <typename T>
 double differentiate_hard(const InfoNceParams& p, int64_t b, int64_t k, float* d_query) {
   const float score = hard_score<T>(p, b, k);
-  const float high = static_cast<float>(p.lse[b]), low = static_cast<float>(p.lse[b] - high);
-  const float d_score = exp_lane((score - high) - low) * p.d_loss[b];
+  const float d_score = Probability(p.lse[b])(broadcast(score))[0] * p.d_loss[b];
   const float d_dot = d_score / *p.temperature;
   const int64_t offset = (b * p.hard + k) * p.dim;
   const T* query = static_cast<const T*>(p.query) + b * p.dim;
@@ -72,8 +71,10 @@ void info_nce_forward(const InfoNceParams& p) {
     parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
       for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
         for (int64_t k = 0; k < p.hard; ++k) {
-          float score = hard_score<T>(p, b, k);
-          fold(stats[b], &score, 1);
+          float score[kLanes];
+          std::fill(score, score + kLanes, kMasked);
+          score[0] = hard_score<T>(p, b, k);
+          fold(stats[b], score, 1);
         }
         p.loss[b] = stats[b].loss();
         p.lse[b] = stats[b].lse();

@@ -37,12 +37,12 @@ def backward(
     tensors = _contiguous(hidden, weight, labels, bias)
     index = _counted(labels, ignore_index)
     d_loss = d_loss.contiguous()
-    none = hidden.new_empty(0)
     contiguous = torch.contiguous_format
     grads = (
-        torch.zeros_like(hidden, memory_format=contiguous) if needs[0] else none,
-        torch.empty_like(weight, memory_format=contiguous) if needs[1] else none,
-        torch.empty_like(tensors[3]) if needs[2] else none,
+        # Rows that do not count are left out by the kernel.
+        torch.zeros_like(hidden, memory_format=contiguous) if needs[0] else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=contiguous) if needs[1] else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[0] if needs[2] else 0),
     )
     addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]
     params = _params(lse, index, *tensors)

@@ -36,7 +36,7 @@ def masked_patch_mse(
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        () float32. An empty index gives 0 with zero gradient.
+        () float32 (float64 for float64 predictions). An empty index gives 0 with zero gradient.
 
     Raises:
         ValueError: shapes or devices that do not fit, `patches` that requires a gradient, or a
@@ -80,7 +80,7 @@ def _backward(
 
 @_forward.register_fake
 def _(pred, patches, index, normalize, backend):
-    return pred.new_empty((), dtype=torch.float32)
+    return pred.new_empty((), dtype=torch.promote_types(pred.dtype, torch.float32))
 
 
 @_backward.register_fake

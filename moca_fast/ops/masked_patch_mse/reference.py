@@ -12,8 +12,8 @@ def unsupported(pred: Tensor, patches: Tensor, index: Tensor) -> str | None:
 
 def forward(pred: Tensor, patches: Tensor, index: Tensor, normalize: bool) -> Tensor:
     if index.numel() == 0:
-        return pred.new_zeros((), dtype=torch.float32)
-    return _error(pred, patches, index, normalize).square().mean(dim=1).mean().float()
+        return pred.new_zeros((), dtype=_accumulator(pred))
+    return _error(pred, patches, index, normalize).square().mean(dim=1).mean()
 
 
 def backward(
@@ -29,7 +29,7 @@ def _accumulator(pred: Tensor) -> torch.dtype:
 
 def _error(pred: Tensor, patches: Tensor, index: Tensor, normalize: bool) -> Tensor:
     dtype = _accumulator(pred)
-    target = patches[index].to(dtype)
+    target = patches.index_select(0, index).to(dtype)  # refuses negative rows
     if normalize:
         variance = target.var(dim=1, keepdim=True, correction=min(1, target.shape[1] - 1))
         target = (target - target.mean(dim=1, keepdim=True)) / (variance + EPSILON).sqrt()
