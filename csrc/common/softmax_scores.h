@@ -27,9 +27,9 @@ template <typename T>
 struct Scores {
   const T* x;
   const T* w;
-  const T* bias;          // (cols,) or null
-  const int64_t* index;   // (rows,) or null
-  const int64_t* target;  // column of each row of x
+  const T* bias;           // (cols,) or null
+  const int64_t* index;    // (rows,) or null
+  const int64_t* target;   // column of each row of x
   const int64_t* row_ids;  // or null
   const int64_t* col_ids;  // (cols,)
   int64_t rows, cols, dim;
@@ -60,8 +60,8 @@ inline void fold(RowStats& stats, const float* scores, int64_t cols) {
   const float base = peak == kMasked ? 0.0f : peak;
   Lanes sum = {};
   for (int64_t j = 0; j < cols; j += kLanes) sum += exp_lanes(load(scores + j) - base);
-  stats.sum = (stats.sum == 0.0 ? 0.0 : stats.sum * std::exp(double{stats.peak} - base)) +
-              sum_of(sum);
+  stats.sum =
+      (stats.sum == 0.0 ? 0.0 : stats.sum * std::exp(double{stats.peak} - base)) + sum_of(sum);
   stats.peak = peak;
 }
 

@@ -1,6 +1,6 @@
-#include "info_nce/info_nce.h"
-
 #include "common/binding.h"
+
+#include "info_nce/info_nce.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -39,8 +39,8 @@ moca::InfoNceParams params(uintptr_t query, uintptr_t document, uintptr_t target
 MOCA_BINDING(info_nce, m) {
   py::class_<moca::InfoNceParams>(m, "InfoNceParams")
       .def(py::init(&params), py::kw_only(), "query"_a, "document"_a, "target"_a, "temperature"_a,
-           "hard_negatives"_a, "query_ids"_a, "document_ids"_a, "lse"_a, "queries"_a,
-           "documents"_a, "hard"_a, "dim"_a, "dtype"_a, "threads"_a);
+           "hard_negatives"_a, "query_ids"_a, "document_ids"_a, "lse"_a, "queries"_a, "documents"_a,
+           "hard"_a, "dim"_a, "dtype"_a, "threads"_a);
   m.def("info_nce_forward", [](moca::InfoNceParams p, uintptr_t loss) {
     p.loss = moca::pointer<float>(loss);
     py::gil_scoped_release release;

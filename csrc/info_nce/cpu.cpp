@@ -1,11 +1,10 @@
 // The scores of common/softmax_scores.h are query . document / temperature here. Hard negatives
 // are K more scores of a row, made and differentiated apart.
-#include "info_nce/info_nce.h"
-
 #include <stdexcept>
 #include <string>
 
 #include "common/softmax_scores.h"
+#include "info_nce/info_nce.h"
 
 namespace moca::MOCA_ISA {
 namespace {

@@ -1,6 +1,6 @@
-#include "linear_cross_entropy/linear_cross_entropy.h"
-
 #include "common/binding.h"
+
+#include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -9,8 +9,8 @@ namespace {
 
 moca::LinearCrossEntropyParams params(uintptr_t hidden, uintptr_t weight, uintptr_t bias,
                                       uintptr_t labels, uintptr_t index, uintptr_t lse,
-                                      int64_t rows, int64_t tokens, int64_t vocabulary,
-                                      int64_t dim, moca::DType dtype, int threads) {
+                                      int64_t rows, int64_t tokens, int64_t vocabulary, int64_t dim,
+                                      moca::DType dtype, int threads) {
   moca::require(rows >= 0 && tokens >= rows && vocabulary >= 0 && dim >= 0,
                 "linear_cross_entropy: bad sizes");
   moca::LinearCrossEntropyParams p{};

@@ -1,10 +1,9 @@
 // The scores of common/softmax_scores.h are logits here: x is hidden, w the weight.
-#include "linear_cross_entropy/linear_cross_entropy.h"
-
 #include <stdexcept>
 #include <string>
 
 #include "common/softmax_scores.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace moca::MOCA_ISA {
 namespace {

@@ -1,6 +1,6 @@
-#include "pool/pool.h"
-
 #include "common/binding.h"
+
+#include "pool/pool.h"
 
 namespace py = pybind11;
 using namespace py::literals;

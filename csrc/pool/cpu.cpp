@@ -1,7 +1,5 @@
 // One task a document: each token is read or written once. Sums are in float64, so a long document
 // loses nothing and results do not depend on threads.
-#include "pool/pool.h"
-
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -9,6 +7,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "pool/pool.h"
 
 namespace moca::MOCA_ISA {
 namespace {
