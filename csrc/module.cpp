@@ -75,15 +75,16 @@ PYBIND11_MODULE(_C, module) {
       .value("bfloat16", DType::bfloat16)
       .value("float16", DType::float16);
   module.def("build_info", [] {
-    return std::map<std::string, std::string>{
-        {"version", MOCA_VERSION}, {"cpu_isas", MOCA_ISA_NAMES}, {"compiler", __VERSION__},
-        {"cuda_archs", ""}};
+    return std::map<std::string, std::string>{{"version", MOCA_VERSION},
+                                              {"cpu_isas", MOCA_ISA_NAMES},
+                                              {"compiler", __VERSION__},
+                                              {"cuda_archs", ""}};
   });
   module.def("cpu_isa", [] { return moca::isa_name(moca::active_isa()); });
   module.def("supported_isas", [] {  // of this processor, widest last
     std::vector<std::string> names;
-    for (moca::Isa isa : {moca::Isa::portable, moca::Isa::avx2, moca::Isa::avx512,
-                          moca::Isa::avx512bf16})
+    for (moca::Isa isa :
+         {moca::Isa::portable, moca::Isa::avx2, moca::Isa::avx512, moca::Isa::avx512bf16})
       if (moca::runs_here(isa)) names.push_back(moca::isa_name(isa));
     return names;
   });

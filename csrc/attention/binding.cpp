@@ -1,11 +1,11 @@
-#include "attention/attention.h"
+#include "common/binding.h"
 
 #include <pybind11/stl.h>
 
 #include <array>
 
+#include "attention/attention.h"
 #include "attention/plan.h"
-#include "common/binding.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -3,14 +3,13 @@
 // every row block computes its scores only where its own rows look. The backward recomputes the
 // scores in two passes, one over query tiles for d_q and one over key tiles for d_k and d_v, so no
 // two tasks write one element and all results repeat bit by bit on any number of threads.
-#include "attention/attention.h"
-
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <memory>
 #include <type_traits>
 
+#include "attention/attention.h"
 #include "attention/cpu_tile.h"
 #include "common/parallel.h"
 

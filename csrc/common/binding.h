@@ -1,4 +1,5 @@
-// What the bindings share. Tensors come as addresses (tensor.data_ptr()) and sizes: no torch header.
+// What the bindings share. Tensors come as addresses (tensor.data_ptr()) and sizes: no torch
+// header.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,9 +29,9 @@ struct RegisterBinder {
 };
 
 // MOCA_BINDING(op, module) { module.def(...); } at the end of an op's binding.cpp registers it.
-#define MOCA_BINDING(op, module)                                       \
-  static void bind_##op(pybind11::module_& module);                    \
-  static const ::moca::RegisterBinder register_##op(&bind_##op);       \
+#define MOCA_BINDING(op, module)                                 \
+  static void bind_##op(pybind11::module_& module);              \
+  static const ::moca::RegisterBinder register_##op(&bind_##op); \
   static void bind_##op(pybind11::module_& module)
 
 }  // namespace moca

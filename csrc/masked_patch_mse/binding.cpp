@@ -1,6 +1,6 @@
-#include "masked_patch_mse/masked_patch_mse.h"
-
 #include "common/binding.h"
+
+#include "masked_patch_mse/masked_patch_mse.h"
 
 namespace py = pybind11;
 using namespace py::literals;

@@ -1,13 +1,12 @@
 // Each row is read once: target statistics, error and gradient stay in cache. Rows are
 // independent and their losses are summed in order by the caller, so results are repeatable.
-#include "masked_patch_mse/masked_patch_mse.h"
-
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
 #include "common/parallel.h"
+#include "masked_patch_mse/masked_patch_mse.h"
 
 namespace moca::MOCA_ISA {
 namespace {
@@ -59,9 +58,8 @@ void for_each_row(const MaskedPatchMseParams& p, Row&& row) {
 
 template <typename Body>
 void visit_both(const MaskedPatchMseParams& p, Body&& body) {
-  visit(p.pred_dtype, [&](auto* pred) {
-    visit(p.patches_dtype, [&](auto* target) { body(pred, target); });
-  });
+  visit(p.pred_dtype,
+        [&](auto* pred) { visit(p.patches_dtype, [&](auto* target) { body(pred, target); }); });
 }
 
 }  // namespace
@@ -75,8 +73,7 @@ void masked_patch_mse_forward(const MaskedPatchMseParams& p) {
           float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
           for (int64_t i = 0; i < p.row_size; ++i) {
-            const float error =
-                to_float(pred[i]) - (to_float(target[i]) - norm.mean) * norm.scale;
+            const float error = to_float(pred[i]) - (to_float(target[i]) - norm.mean) * norm.scale;
             sum += error * error;
           }
           p.row_loss[m] = sum / static_cast<float>(p.row_size);
@@ -95,8 +92,7 @@ void masked_patch_mse_backward(const MaskedPatchMseParams& p) {
           Pred* d_pred = static_cast<Pred*>(p.d_pred) + m * p.row_size;
 #pragma omp simd
           for (int64_t i = 0; i < p.row_size; ++i) {
-            const float error =
-                to_float(pred[i]) - (to_float(target[i]) - norm.mean) * norm.scale;
+            const float error = to_float(pred[i]) - (to_float(target[i]) - norm.mean) * norm.scale;
             d_pred[i] = from_float<Pred>(scale * error);
           }
         });

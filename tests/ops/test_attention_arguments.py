@@ -1,0 +1,61 @@
+"""attention refuses what it cannot compute, and says what it expected and what came."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moca_fast import SpanMask, attention
+
+
+def cu(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def case(**changes):
+    values = {"q": torch.randn(7, 4, 16), "k": torch.randn(7, 2, 16), "v": torch.randn(7, 2, 16)}
+    return {**values, "mask": SpanMask.full(cu(4, 3)), **changes}
+
+
+BAD = {
+    "q dims": (case(q=torch.randn(7, 64)), ValueError, r"q: expected shape \(T, H, D\), got"),
+    "k dim": (case(k=torch.randn(7, 2, 24)), ValueError, r"k: expected shape \(K, Hkv, 16\)"),
+    "v rows": (case(v=torch.randn(6, 2, 16)), ValueError, r"v: expected shape \(7, 2, 16\)"),
+    "heads": (case(q=torch.randn(7, 3, 16)), ValueError, "3 heads of q to be a multiple .* got 2"),
+    "no heads": (case(q=torch.randn(7, 0, 16)), ValueError, "0 heads of q"),
+    "dim 12": (case(q=torch.randn(7, 4, 12)), ValueError, "multiple of 8 from 16 to 256, got 12"),
+    "dim 264": (case(q=torch.randn(7, 4, 264)), ValueError, "from 16 to 256, got 264"),
+    "dtype": (case(k=torch.randn(7, 2, 16).half()), TypeError, "k: expected dtype float32, got"),
+    "integers": (case(q=torch.ones(7, 4, 16).int()), TypeError, "q: expected dtype float32 or"),
+    "device": (case(k=torch.randn(7, 2, 16, device="meta")), ValueError, "expected device cpu"),
+    "not a tensor": (case(q=[[1.0]]), TypeError, "q: expected a tensor, got list"),
+    "mask type": (case(mask=torch.ones(7, 7)), TypeError, "mask: expected a SpanMask, got Tensor"),
+    "mask size": (case(mask=SpanMask.full(cu(6))), ValueError, "expected 7 queries and 7 keys"),
+    "mask device": (
+        case(mask=SpanMask.full(cu(7)).to("meta")),
+        ValueError,
+        "mask: expected device cpu, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    arguments, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        attention(**arguments)
+
+
+def test_unchecked_spans_do_not_reach_memory():
+    """Masks whose values were not validated are refused by the kernel, not read past the end."""
+    start = torch.zeros(7, dtype=torch.int32)
+    for end in (start + 9, start.scatter(0, torch.tensor([2]), 5), start - 1):
+        arguments = case(mask=SpanMask(start, end.int(), validate=False))
+        with pytest.raises(ValueError, match="non-decreasing ends inside 0 to 7"):
+            attention(**arguments)
+
+
+def test_float64_needs_the_reference():
+    arguments = {n: x.double() if n != "mask" else x for n, x in case().items()}
+    assert attention(**arguments).dtype == torch.float64
+    with pytest.raises(ValueError, match="cannot run this call: dtype float64"):
+        attention(**arguments, backend="cpu")

@@ -1,0 +1,82 @@
+"""Every op has the one shape of the house, and every backend answers the same three questions."""
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import moca_fast
+
+ROOT = Path(__file__).parents[2]
+OPS = sorted(p.parent.name for p in (ROOT / "moca_fast" / "ops").glob("*/op.py"))
+BACKENDS = ("reference", "cpu")
+
+
+def test_the_five_ops_are_there():
+    expected = {"attention", "info_nce", "linear_cross_entropy", "masked_patch_mse", "pool"}
+    assert expected <= set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_files_of_an_op(op):
+    expected = [
+        f"moca_fast/ops/{op}/op.py",
+        f"moca_fast/ops/{op}/reference.py",
+        f"moca_fast/ops/{op}/cpu.py",
+        f"csrc/{op}/{op}.h",
+        f"csrc/{op}/binding.cpp",
+        f"csrc/{op}/cpu.cpp",
+        f"tests/ops/test_{op}.py",
+    ]
+    assert [name for name in expected if not (ROOT / name).is_file()] == []
+    listed = re.search(r"set\(MOCA_OPS ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert listed and op in listed.group(1).split()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_public_function(op):
+    function = getattr(moca_fast, op)
+    assert op in moca_fast.__all__
+    assert function is getattr(import_module(f"moca_fast.ops.{op}.op"), op)
+    backend = inspect.signature(function).parameters["backend"]
+    assert backend.default == "auto" and backend.kind is inspect.Parameter.KEYWORD_ONLY
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert section in function.__doc__, f"the docstring of {op} has no {section}"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_functions(op, backend):
+    module = import_module(f"moca_fast.ops.{op}.{backend}")
+    for name in ("unsupported", "forward", "backward"):
+        assert callable(getattr(module, name)), f"{module.__name__} has no {name}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_registered_with_torch(op):
+    packet = getattr(torch.ops.moca_fast, op)
+    assert packet.default is not None
+    assert getattr(torch.ops.moca_fast, f"{op}_backward").default is not None
+
+
+SOURCES = [
+    path
+    for folder in ("moca_fast", "kernels", "python", "csrc")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".cpp", ".h")
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_left_open(path):
+    text = path.read_text(encoding="utf-8")
+    for word in ("TODO", "FIXME", "XXX", "NotImplementedError"):
+        assert word not in text

@@ -1,0 +1,130 @@
+"""Which backend runs, how it is chosen, and what `python -m moca_fast` says about it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import moca_fast
+from moca_fast import SpanMask, _dispatch, attention, backends, explain, use_backend
+from moca_fast.__main__ import report
+
+OPS = ("attention", "info_nce", "linear_cross_entropy", "masked_patch_mse", "pool")
+MASK = SpanMask.full(torch.tensor([0, 3, 7], dtype=torch.int32))
+
+
+def inputs(dtype=torch.float32, device="cpu"):
+    q = torch.ones(7, 2, 16, dtype=dtype, device=device)
+    return q, q[:, :1], q[:, :1], MASK.to(device)
+
+
+def test_backends_lists_every_op():
+    table = backends()
+    assert tuple(table) == OPS
+    for op, reasons in table.items():
+        assert tuple(reasons) == _dispatch.BACKENDS
+        assert reasons["cpu"] is None and reasons["reference"] is None
+        assert f"{op} has no cuda kernel" in reasons["cuda"]
+
+
+def test_explain():
+    explanation = explain("attention", *inputs())
+    assert explanation.backend == "cpu"
+    assert "attention: cpu runs this call" in str(explanation)
+    assert "reference could run, not chosen" in str(explanation)
+    explanation = explain("attention", *inputs(torch.float64), softmax_scale=1.0)
+    assert explanation.backend == "reference"
+    assert explanation.reasons["cpu"] == "dtype float64 has no native kernel"
+    explanation = explain("attention", *inputs(torch.float64), backend="cpu")
+    assert explanation.backend is None and "no backend runs this call" in str(explanation)
+    assert "meta" in explain("attention", *inputs(device="meta")).reasons["cpu"]
+
+
+def test_explain_checks_as_the_op_does():
+    with pytest.raises(ValueError, match="mask: expected 7 queries"):
+        explain("attention", *inputs()[:3], SpanMask.full(torch.tensor([0, 3])))
+    with pytest.raises(ValueError, match=r"explain: expected one of .*'pool'.*, got 'attend'"):
+        explain("attend")
+
+
+def test_named_backend_runs_or_says_why_not():
+    assert attention(*inputs(), backend="cpu").shape == (7, 2, 16)
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run this call: attention has no c"):
+        attention(*inputs(), backend="cuda")
+    with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*, got 'gpu'"):
+        attention(*inputs(), backend="gpu")
+
+
+def test_use_backend(monkeypatch):
+    ran = []
+    for name in ("cpu", "reference"):
+        module = _dispatch._load("attention", name)
+        forward = module.forward
+
+        def watched(*arguments, name=name, forward=forward):
+            ran.append(name)
+            return forward(*arguments)
+
+        monkeypatch.setattr(module, "forward", watched)
+    attention(*inputs())
+    with use_backend("reference"):
+        attention(*inputs())
+        attention(*inputs(), backend="cpu")
+        assert explain("attention", *inputs()).backend == "reference"
+        with use_backend("auto"):
+            attention(*inputs())
+    attention(*inputs())
+    assert ran == ["cpu", "reference", "cpu", "cpu", "cpu"]
+    with (
+        pytest.raises(ValueError, match="use_backend: expected 'auto' or one of"),
+        use_backend("x"),
+    ):
+        pass
+
+
+def test_use_backend_is_undone_by_an_error():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert explain("attention", *inputs()).backend == "cpu"
+
+
+def test_autocast_leaves_the_arguments_as_they_are():
+    want = attention(*inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for backend in ("cpu", "reference"):
+            out = attention(*inputs(), backend=backend)
+            assert out.dtype == torch.float32 and torch.allclose(out, want)
+
+
+def test_report():
+    text = report()
+    assert text.startswith(f"moca_fast {moca_fast.__version__}")
+    for part in ("portable", "this machine", f"torch          {torch.__version__}", "gpus"):
+        assert part in text
+    for op in OPS:
+        assert f"  {op}: cpu runs\n    cuda      {op} has no cuda kernel in this version" in text
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_environment_sets_the_backend():
+    done = run("-m", "moca_fast", MOCA_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    assert "  attention: reference runs" in done.stdout and "not asked for" in done.stdout
+    done = run("-c", "import moca_fast", MOCA_BACKEND="fast")
+    assert "MOCA_BACKEND: expected 'auto' or one of" in done.stderr
+
+
+def test_environment_names_an_unknown_instruction_set():
+    done = run("-m", "moca_fast", MOCA_CPU_ISA="sse9")
+    assert done.returncode != 0
+    assert "MOCA_CPU_ISA: expected one of portable" in done.stderr and "got sse9" in done.stderr
