@@ -75,7 +75,7 @@ inline float soften(float* scores, int64_t size, float& peak, float& total) {
     store(scores + j, weight);
     sum += weight;
   }
-  const float shrink = std::exp(peak - shift);
+  const float shrink = peak == -kInfinity ? 1.0f : std::exp(peak - shift);  // nothing to shrink yet
   total = total * shrink + sum_of(sum);
   peak = new_peak;
   return shrink;

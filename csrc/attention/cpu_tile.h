@@ -16,7 +16,7 @@ constexpr int kRows = 6;                        // rows of a register block
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // vectors of a register block
 constexpr int64_t kColumns = 128;               // columns packed at a time
 constexpr int64_t kPitch = kColumns + 16;       // one vector of slack; no power of two
-constexpr int64_t kChain = 32;                  // longest plain sum: longer ones lose digits
+constexpr int64_t kChain = 16;                  // longest plain sum: longer ones lose digits
 constexpr int64_t kHeads = 4;                   // heads that share one packing of keys
 
 // c = factor * a . b, or c += a . b: rows of a, b and c are `pitch` floats apart.

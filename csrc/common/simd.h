@@ -81,32 +81,34 @@ Lanes load_some(const T* from, int64_t count) {
   return load(padded);
 }
 
-inline float largest(Lanes x) {
-  float y = x[0];
-  for (int i = 1; i < kLanes; ++i) y = x[i] > y ? x[i] : y;
-  return y;
-}
-
-inline float sum_of(Lanes x) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
-}
-
 namespace detail {
+
+// Lanes by index out of a (0 to kLanes - 1) and b (from kLanes on).
+template <std::size_t... I>
+inline Lanes select_lanes(Lanes a, Lanes b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, IntLanes{I...});
+#endif
+}
+
+// Every lane combined with the one `Step` away, and so on for smaller steps: all lanes end alike.
+template <std::size_t Step, typename Combine, std::size_t... I>
+inline Lanes fold(Lanes x, Combine combine, std::index_sequence<I...> lanes) {
+  x = combine(x, select_lanes(x, x, std::index_sequence<(I ^ Step)...>()));
+  if constexpr (Step > 1) return fold<Step / 2>(x, combine, lanes);
+  return x;
+}
 
 // Swaps the off-diagonal halves of the 2 x 2 blocks of `Step` rows and columns.
 template <std::size_t Step, std::size_t... I>
 inline void swap_blocks(Lanes& a, Lanes& b, std::index_sequence<I...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  const Lanes top = __builtin_shufflevector(a, b, ((I & Step) ? kLanes + I - Step : I)...);
-  const Lanes bottom = __builtin_shufflevector(a, b, ((I & Step) ? kLanes + I : I + Step)...);
-#else
-  const Lanes top = __builtin_shuffle(a, b, IntLanes{((I & Step) ? kLanes + I - Step : I)...});
-  const Lanes bottom = __builtin_shuffle(a, b, IntLanes{((I & Step) ? kLanes + I : I + Step)...});
-#endif
+  using Top = std::index_sequence<((I & Step) ? kLanes + I - Step : I)...>;
+  using Bottom = std::index_sequence<((I & Step) ? kLanes + I : I + Step)...>;
+  const Lanes top = select_lanes(a, b, Top());
+  b = select_lanes(a, b, Bottom());
   a = top;
-  b = bottom;
 }
 
 template <std::size_t Step>
@@ -120,6 +122,17 @@ inline void transpose_from(Lanes (&x)[kLanes]) {
 }
 
 }  // namespace detail
+
+// The largest lane that is not NaN, where lane 0 is not.
+inline float largest(Lanes x) {
+  const auto larger = [](Lanes a, Lanes b) { return a > b ? a : b; };
+  return detail::fold<kLanes / 2>(x, larger, std::make_index_sequence<kLanes>())[0];
+}
+
+inline float sum_of(Lanes x) {
+  const auto add = [](Lanes a, Lanes b) { return a + b; };
+  return detail::fold<kLanes / 2>(x, add, std::make_index_sequence<kLanes>())[0];
+}
 
 // Turns kLanes rows into kLanes columns.
 inline void transpose(Lanes (&x)[kLanes]) { detail::transpose_from<1>(x); }

@@ -1,5 +1,6 @@
 """Every op has the one shape of the house, and every backend answers the same three questions."""
 
+import ast
 import inspect
 import re
 from importlib import import_module
@@ -11,6 +12,7 @@ import torch
 import moca_fast
 
 ROOT = Path(__file__).parents[2]
+FUNCTION_LINES = 60  # without the docstring
 OPS = sorted(p.parent.name for p in (ROOT / "moca_fast" / "ops").glob("*/op.py"))
 BACKENDS = ("reference", "cpu")
 
@@ -80,3 +82,41 @@ def test_nothing_is_left_open(path):
     text = path.read_text(encoding="utf-8")
     for word in ("TODO", "FIXME", "XXX", "NotImplementedError"):
         assert word not in text
+
+
+def python_functions(path: Path) -> list[tuple[str, int]]:
+    """Name and lines of every function, docstrings not counted."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            found.append((node.name, lines))
+    return found
+
+
+def native_functions(path: Path) -> list[tuple[str, int]]:
+    """First line and lines of every function; relies on the indents that clang-format gives."""
+    lines, found, end = path.read_text(encoding="utf-8").splitlines(), [], -1
+    for begin, line in enumerate(lines):
+        opens = re.match(r"( {0,2})\S.*\).*\{$", line)
+        no_function = re.match(r"\s*(namespace|class|struct|if|for|while|switch)\b", line)
+        if begin > end and opens and not no_function:
+            closing = opens[1] + "}"
+            end = next(n for n in range(begin, len(lines)) if lines[n].startswith(closing))
+            found.append((line.strip(), end - begin + 1))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_stay_short(path):
+    functions = python_functions(path) if path.suffix == ".py" else native_functions(path)
+    assert [f for f in functions if f[1] > FUNCTION_LINES] == []
+
+
+def test_functions_are_found():
+    assert "select" in dict(python_functions(ROOT / "moca_fast/_dispatch.py"))
+    kernel = dict(native_functions(ROOT / "csrc/attention/cpu.cpp"))
+    assert kernel["void attention_forward(const AttentionParams& p) {"] > 5
+    assert any("soften(" in first for first in kernel) and any("void run(" in x for x in kernel)
