@@ -91,7 +91,8 @@ class ContrastObjective(nn.Module):
 
 
 class PairBatches(Dataset):
-    """Batches by step: everything random is a function of (seed, step, rank)."""
+    """Batches by step. What is random about a pair is a function of (seed, step, pair), so that a
+    batch is the same on one process as spread over many."""
 
     def __init__(
         self,
@@ -99,24 +100,24 @@ class PairBatches(Dataset):
         schedule: Sequence[tuple[str, Sequence[int]]],
         encoder: Encoder,
         config: ContrastConfig,
-        rank: int,
     ) -> None:
-        self.tasks, self.schedule, self.encoder = tasks, schedule, encoder
-        self.config, self.rank = config, rank
+        self.tasks, self.schedule, self.encoder, self.config = tasks, schedule, encoder, config
         self.special_ids = np.asarray(sorted(encoder.tokenizer.all_special_ids))
 
     def __getitem__(self, step: int) -> PairBatch:
         task, indices = self.schedule[step]
         pairs = [self.tasks[task][index] for index in indices]
-        rng = np.random.default_rng([self.config.seed, step, self.rank])
         fewest = min(len(pair.negatives) for pair in pairs)
         negatives = min(fewest, self.config.hard_negatives)
-        documents = [pair.query for pair in pairs] + [pair.positive for pair in pairs]
-        for pair in pairs:
-            chosen = rng.permutation(len(pair.negatives))[:negatives]
-            documents += [pair.negatives[index] for index in chosen]
         before = self.encoder.counts.copy()
-        encoded = [self._encode(document, rng) for document in documents]
+        queries, positives, hard = [], [], []
+        for index, pair in zip(indices, pairs, strict=True):
+            rng = np.random.default_rng([self.config.seed, step, index])
+            chosen = rng.permutation(len(pair.negatives))[:negatives]
+            queries.append(self._encode(pair.query, rng))
+            positives.append(self._encode(pair.positive, rng))
+            hard += [self._encode(pair.negatives[number], rng) for number in chosen]
+        encoded = queries + positives + hard
         return PairBatch(
             task,
             pack(encoded, self.encoder.merge_size, self.encoder.image_token_id),
@@ -155,7 +156,7 @@ def contrast(config: ContrastConfig) -> None:
     if config.cache_images:
         tasks = {name: _preloaded(pairs, model) for name, pairs in tasks.items()}
     encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
-    batches = PairBatches(tasks, schedule, encoder, config, accelerator.process_index)
+    batches = PairBatches(tasks, schedule, encoder, config)
     trained, *optimizers = accelerator.prepare(objective, *optimizers)
     run = Run(config, accelerator, {"objective": objective}, optimizers, checkpoint)
     steps = range(run.step, config.steps)

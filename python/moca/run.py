@@ -35,7 +35,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     precision = resolve_precision(config.precision)
     mixed = {"fp32": "no", "bf16": "bf16"}[precision]
-    return Accelerator(mixed_precision=mixed, kwargs_handlers=[ddp])
+    # Said outright, because without it processes on a machine of CPUs would not find each other.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[ddp])
 
 
 def resolve_precision(precision: str) -> str:

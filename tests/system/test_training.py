@@ -189,9 +189,8 @@ def test_two_processes_equal_one(data, tmp_path, stage):
         values |= {"accumulation": 1}
     config = dataclasses.asdict(make(data, tmp_path / "two", **values))
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", "-m", "moca",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "moca",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -202,13 +201,14 @@ def test_two_processes_equal_one(data, tmp_path, stage):
     values |= {"batch_size": 8} if stage == "contrast" else {"accumulation": 2}
     train = {"cpt": pretrain, "contrast": contrast}[stage]
     train(make(data, tmp_path / "one", **values))
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    if stage == "contrast":
-        for name in one:
-            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4, msg=name)
-    losses = [[line["loss"] for line in read_log(tmp_path / n)] for n in ("one", "two")]
+    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
     assert len(losses[0]) == len(losses[1]) == 3
     assert np.isfinite(losses).all()
+    if stage == "contrast":  # stage 1 draws its noise by micro-batch, which two processes share out
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+        moved = max(float((one[name] - two[name]).abs().mean()) for name in one)
+        assert moved < 0.02 * 3 * 3e-3, "of the three steps of lr 3e-3 at most a fiftieth differs"
 
 
 class TestMasking:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moca.checkpoint import replacing
+from moca.data.batching import pair_keys
 from moca.data.images import ImageSettings, decode, resize
 from moca.data.records import IMAGE_MARKER, Document, ImageLike, Pair
 from moca.quickstart.corpora import Corpora
 from moca.quickstart.derived import derive_pairs
 from moca.quickstart.manual import SECTION_TASK
+
+# Derived pairs that are fewer make no batch worth having.
+MIN_DERIVED = 32
 
 
 class PictureStore:
@@ -71,7 +75,8 @@ def write_corpora(
             table = pa.Table.from_pylist(rows, schema)
             pq.write_table(table, data / "documents" / f"{source}.parquet")
         train = {task.name: task.train for task in corpora.tasks}
-        train |= derive_pairs(train.get(SECTION_TASK, []), held_out_texts(corpora))
+        derived = derive_pairs(train.get(SECTION_TASK, []), held_out_texts(corpora))
+        train |= {task: pairs for task, pairs in derived.items() if distinct(pairs) >= MIN_DERIVED}
         test = {task.name: task.test for task in corpora.tasks}
         for part, tasks in (("train", train), ("test", test)):
             (data / part).mkdir()
@@ -84,10 +89,16 @@ def write_corpora(
         summary = {
             "tasks": corpora.summary(),
             "documents": {source: len(group) for source, group in corpora.documents.items()},
-            "train": {task: len(pairs) for task, pairs in train.items()},
+            "distinct": {task: distinct(pairs) for task, pairs in train.items()},
             "notes": corpora.notes,
         }
         (data / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def distinct(pairs: Sequence[Pair]) -> int:
+    """How many pairs can stand in one batch at most: none may share a query or a positive."""
+    queries, positives = ({pair_keys(pair)[side] for pair in pairs} for side in (0, 1))
+    return min(len(queries), len(positives))
 
 
 def held_out_texts(corpora: Corpora) -> list[str]:

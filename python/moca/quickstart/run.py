@@ -34,7 +34,7 @@ from moca.evaluate import Pool
 from moca.model import build_model, tiny_config
 from moca.pretrain import pretrain
 from moca.quickstart.baseline import BaselineSettings, run_baseline
-from moca.quickstart.compare import compare, read_comparison
+from moca.quickstart.compare import SCARCE, compare, read_comparison
 from moca.quickstart.corpora import load_corpora
 from moca.quickstart.findings import gather
 from moca.quickstart.prepare import write_corpora
@@ -180,8 +180,11 @@ class Quickstart:
         output = self.folder / name
         if (output / "model").exists():
             return
-        tasks = list(self._read("data/summary.json")["train"])
-        shrink = 4 if part == "scarce" else 1  # a tenth of a task does not fill a whole batch
+        distinct = self._read("data/summary.json")["distinct"]
+        if part == "scarce":
+            distinct = {task: count // SCARCE for task, count in distinct.items()}
+            distinct = {task: count for task, count in distinct.items() if count >= 4}
+        tasks = list(distinct)
         config = ContrastConfig(
             model=str(self.folder / model),
             output=str(output),
@@ -189,8 +192,11 @@ class Quickstart:
             steps=steps,
             resume=latest_checkpoint(output) is not None,
             seed=self.config.seed,
-            batch_size=BATCH // shrink,
-            task_batch_sizes={t: n // shrink for t, n in TASK_BATCHES.items() if t in tasks},
+            # No more than half of what a task has, so that batches differ from one another.
+            task_batch_sizes={
+                task: max(2, min(TASK_BATCHES.get(task, BATCH), count // 2))
+                for task, count in distinct.items()
+            },
             task_weights={task: TASK_WEIGHTS[task] for task in tasks},
             temperature=0.05,
             token_dropout=0.15,
