@@ -73,7 +73,7 @@ TASK_WEIGHTS = {
 }
 # One gloss in so many is a document of stage 1: there are 70 times as many as sections.
 GLOSS_STRIDE = 8
-# Enough for the CNN to level off on both tasks.
+# Of the CNN, on each task; bounds its share of the time.
 BASELINE = BaselineSettings(steps=250)
 IMAGE_TASKS = ("caption-figure", "emoji")
 
