@@ -33,6 +33,7 @@ class RunConfig:
     seed: int = 0
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: AdamW where it does not apply
     lr: float = 2e-5
+    muon_lr: float = 0.0  # of the matrices that muon trains; 0: the same as lr
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
@@ -45,6 +46,7 @@ class RunConfig:
     flip: float = 0.0  # probability that an image is mirrored left to right
     rotate: float = 0.0  # largest rotation of an image, degrees
     shift: float = 0.0  # largest move of an image, as a fraction of its sides
+    zoom: float = 0.0  # largest change of an image's scale, as a fraction
     cache_images: bool = False  # keep resized images in memory
     workers: int = 0  # processes that prepare batches
     log_every: int = 10  # steps
@@ -54,10 +56,14 @@ class RunConfig:
     def check(self) -> None:
         for name in ("steps", "max_length", "log_every", "save_every", "keep_checkpoints"):
             _at_least(self, name, 1)
-        for name in ("workers", "grad_clip", "weight_decay", "rotate"):
+        for name in ("workers", "grad_clip", "weight_decay", "rotate", "muon_lr"):
             _at_least(self, name, 0)
         for name in ("warmup", "flip", "shift"):
             _fraction(self, name)
+        if not 0 <= self.zoom < 1:
+            raise ConfigError(f"zoom: expected a number in [0, 1), got {self.zoom}")
+        if self.muon_lr and self.optimizer != "muon":
+            raise ConfigError(f"muon_lr: needs optimizer=muon, got {self.optimizer}")
         _positive(self, "lr")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas: expected two numbers in [0, 1), got {self.betas}")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import moca_fast.nn
 from moca.config import ConfigError, ContrastConfig, OnError
-from moca.data.augment import augment_images, drop_tokens, preload_images
+from moca.data.augment import ImageChanges, augment_images, drop_tokens, preload_images
 from moca.data.batching import TaskBatches, pair_keys
 from moca.data.encode import Encoded, Encoder
 from moca.data.packing import PackedBatch, pack
@@ -103,6 +103,7 @@ class PairBatches(Dataset):
     ) -> None:
         self.tasks, self.schedule, self.encoder, self.config = tasks, schedule, encoder, config
         self.special_ids = np.asarray(sorted(encoder.tokenizer.all_special_ids))
+        self.changes = ImageChanges(config.flip, config.rotate, config.shift, config.zoom)
 
     def __getitem__(self, step: int) -> PairBatch:
         task, indices = self.schedule[step]
@@ -129,11 +130,8 @@ class PairBatches(Dataset):
         )
 
     def _encode(self, document: Document, rng: np.random.Generator) -> Encoded:
-        config = self.config
-        changed = augment_images(
-            document, rng, flip=config.flip, rotate=config.rotate, shift=config.shift
-        )
-        return drop_tokens(self.encoder(changed), rng, config.token_dropout, self.special_ids)
+        encoded = self.encoder(augment_images(document, rng, self.changes))
+        return drop_tokens(encoded, rng, self.config.token_dropout, self.special_ids)
 
 
 def contrast(config: ContrastConfig) -> None:
@@ -165,8 +163,8 @@ def contrast(config: ContrastConfig) -> None:
     trained.train()
     for step in run.steps("stage 2"):
         began = time.monotonic()
-        lr = config.lr * learning_rate_scale(step, config)
-        set_learning_rate(optimizers, lr)
+        scale = learning_rate_scale(step, config)
+        set_learning_rate(optimizers, scale)
         batch = next(loader).to(accelerator.device)
         totals += batch.counts
         with accelerator.autocast():
@@ -181,7 +179,7 @@ def contrast(config: ContrastConfig) -> None:
         run.log({
             "loss": value,
             f"loss_{batch.task}": value,
-            "lr": lr,
+            "lr": config.lr * scale,
             "grad_norm": float(norm),
             "tokens_per_second": tokens / (time.monotonic() - began),
             "memory_gib": peak_memory(accelerator.device),

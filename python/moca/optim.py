@@ -13,7 +13,7 @@ def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Op
     """AdamW over all parameters; or Muon over the hidden matrices and AdamW over the rest.
 
     Muon (Jordan 2024) orthogonalises the momentum of a matrix. Its step is scaled to the RMS of
-    an AdamW step (Moonlight, arXiv 2502.16982), so both share one learning rate. Embeddings, the
+    an AdamW step (Moonlight, arXiv 2502.16982), so both can share one rate. Embeddings, the
     LM head, the patch embedding, norms and biases stay with AdamW; norms and biases do not decay.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -36,7 +36,7 @@ def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Op
         optimizers.append(
             torch.optim.Muon(
                 matrices,
-                lr=config.lr,
+                lr=config.muon_lr or config.lr,
                 weight_decay=config.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             )
@@ -66,7 +66,8 @@ def learning_rate_scale(step: int, config: RunConfig) -> float:
     return 1.0
 
 
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], scale: float) -> None:
+    """Set every group to its first learning rate times `scale`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = scale * group.setdefault("initial_lr", group["lr"])

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import moca_fast
 from moca.checkpoint import write_file
 from moca.config import ConfigError, CptConfig
-from moca.data.augment import augment_images, preload_images
+from moca.data.augment import ImageChanges, augment_images, preload_images
 from moca.data.encode import Encoder
 from moca.data.packing import PackedBatch, batches_by_cost, document_cost, pack
 from moca.data.records import Document
@@ -159,6 +159,7 @@ class CptBatches(Dataset):
         self.special_ids = torch.tensor(sorted(model.tokenizer.all_special_ids))
         self.mask_token_id = model.mask_token_id
         self.merge_size = model.image_settings.merge_size
+        self.changes = ImageChanges(config.flip, config.rotate, config.shift, config.zoom)
         self.pieces, self.costs = self._measure()
         if not self.pieces:
             raise ConfigError("documents: the sources hold no documents")
@@ -195,13 +196,7 @@ class CptBatches(Dataset):
         encoded = []
         for index in self._indices(number):
             document, part = self.pieces[index]
-            changed = augment_images(
-                self.documents[document],
-                rng,
-                flip=config.flip,
-                rotate=config.rotate,
-                shift=config.shift,
-            )
+            changed = augment_images(self.documents[document], rng, self.changes)
             encoded.append(self.encoder.split(changed, config.max_length)[part])
         return mask_batch(
             pack(encoded, self.merge_size, self.encoder.image_token_id),
@@ -241,8 +236,8 @@ def pretrain(config: CptConfig) -> None:
     trained.train()
     for step in run.steps("stage 1"):
         began = time.monotonic()
-        lr = config.lr * learning_rate_scale(step, config)
-        set_learning_rate(optimizers, lr)
+        scale = learning_rate_scale(step, config)
+        set_learning_rate(optimizers, scale)
         logged = {"tokens": 0.0}
         for micro in range(config.accumulation):
             masked = _to_device(next(loader), accelerator.device)
@@ -266,7 +261,7 @@ def pretrain(config: CptConfig) -> None:
             "loss": logged["loss_mlm"] + config.mae_weight * logged["loss_mae"],
             "loss_mlm": logged["loss_mlm"],
             "loss_mae": logged["loss_mae"],
-            "lr": lr,
+            "lr": config.lr * scale,
             "grad_norm": float(norm),
             "tokens_per_second": logged["tokens"] / (time.monotonic() - began),
             "memory_gib": peak_memory(accelerator.device),

@@ -51,6 +51,8 @@ def test_saved_config_reads_back(tmp_path):
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"resume": "yes please"}, "resume: expected bool"),
         ({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"),
+        ({"muon_lr": 1e-3}, "muon_lr: needs optimizer=muon, got adamw"),
+        ({"zoom": 1.0}, r"zoom: expected a number in \[0, 1\), got 1.0"),
         ({"mlm_probability": 1.4}, "mlm_probability: expected 0 to 1, got 1.4"),
         ({"lr": float("nan")}, "lr: expected more than 0"),
         ({"betas": [0.9]}, "betas: expected two numbers"),

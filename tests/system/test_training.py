@@ -21,6 +21,7 @@ from moca.data.encode import Encoder
 from moca.data.packing import pack
 from moca.data.records import Document
 from moca.embed import Embedder
+from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
 from moca.run import Interrupted, Run, read_log, seeded
 from safetensors.torch import load_file
@@ -72,6 +73,25 @@ def test_stage1_learns_text_and_pictures(data, tmp_path):
     assert torch.isfinite(objective.patch_head.weight).all()
 
 
+def test_matrices_have_their_own_learning_rate(data):
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4))
+    values = {"optimizer": "muon", "lr": 1e-3}
+    for muon_lr, expected in ((0.0, 1e-3), (5e-3, 5e-3)):
+        config = contrast_config(data, "run", **values, muon_lr=muon_lr)
+        optimizers = build_optimizers(model, config)
+        for scale in (0.5, 0.1):
+            set_learning_rate(optimizers, scale)
+            rates = {
+                id(p): group["lr"]
+                for optimizer in optimizers
+                for group in optimizer.param_groups
+                for p in group["params"]
+            }
+            assert rates[id(model[1].weight)] == pytest.approx(scale * expected)
+            assert rates[id(model[0].weight)] == pytest.approx(scale * 1e-3)
+            assert rates[id(model[1].bias)] == pytest.approx(scale * 1e-3)
+
+
 def test_stage2_finds_every_picture_and_phrase(data, tmp_path):
     contrast(contrast_config(data, tmp_path / "run", steps=80, lr=5e-3))
     embedder = Embedder.from_pretrained(tmp_path / "run" / "model")
@@ -84,7 +104,7 @@ def test_stage2_finds_every_picture_and_phrase(data, tmp_path):
 @pytest.mark.parametrize("stage", ["cpt", "contrast"])
 def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, stage, monkeypatch):
     make, train = {"cpt": (cpt_config, pretrain), "contrast": (contrast_config, contrast)}[stage]
-    options = {"flip": 0.5, "rotate": 5.0}
+    options = {"flip": 0.5, "rotate": 5.0, "shift": 0.1, "zoom": 0.1, "muon_lr": 6e-3}
     train(make(data, tmp_path / "whole", **options))
     save = Run.save
 

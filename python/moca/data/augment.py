@@ -2,39 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from moca.data.encode import Encoded
 from moca.data.images import ImageSettings, decode, resize
 from moca.data.records import Document
 
 
-def augment_images(
-    document: Document, rng: np.random.Generator, *, flip: float, rotate: float, shift: float
-) -> Document:
-    """Mirror each image with probability `flip`, turn it by up to `rotate` degrees and move it by
-    up to `shift` of its sides; what comes into view is white."""
-    if not document.images or not (flip or rotate or shift):
+@dataclass(frozen=True)
+class ImageChanges:
+    """How far training images may be changed.
+
+    Args:
+        flip: probability that an image is mirrored left to right.
+        rotate: largest rotation, in degrees.
+        shift: largest move, as a fraction of the sides.
+        zoom: largest change of scale, as a fraction: 0.2 draws from 0.8 to 1.2.
+    """
+
+    flip: float = 0.0
+    rotate: float = 0.0
+    shift: float = 0.0
+    zoom: float = 0.0
+
+    def any(self) -> bool:
+        return any(vars(self).values())
+
+
+def augment_images(document: Document, rng: np.random.Generator, changes: ImageChanges) -> Document:
+    """Change every image at random; what comes into view is white."""
+    if not document.images or not changes.any():
         return document
-    images = []
-    for number, source in enumerate(document.images):
-        image = decode(source, f"{document.name or 'document'}: image {number}")
-        if rng.random() < flip:
-            image = PIL.ImageOps.mirror(image)
-        if rotate or shift:
-            dx, dy = rng.uniform(-shift, shift, 2)
-            image = image.rotate(
-                rng.uniform(-rotate, rotate),
-                PIL.Image.Resampling.BILINEAR,
-                translate=(round(dx * image.width), round(dy * image.height)),
-                fillcolor=(255, 255, 255),
-            )
-        images.append(image)
+    name = document.name or "document"
+    images = [
+        _augment(decode(image, f"{name}: image {number}"), rng, changes)
+        for number, image in enumerate(document.images)
+    ]
     return replace(document, images=tuple(images))
+
+
+def _augment(
+    image: PIL.Image.Image, rng: np.random.Generator, changes: ImageChanges
+) -> PIL.Image.Image:
+    mirror = -1.0 if rng.random() < changes.flip else 1.0
+    angle = math.radians(rng.uniform(-changes.rotate, changes.rotate))
+    scale = 1.0 + rng.uniform(-changes.zoom, changes.zoom)
+    x, y = (0.5 + rng.uniform(-changes.shift, changes.shift, 2)) * image.size
+    # From where a pixel of the result is taken: turned and scaled about the moved middle.
+    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+    across = (mirror * cos, mirror * sin)
+    matrix = (
+        *across, image.width / 2 - across[0] * x - across[1] * y,
+        -sin, cos, image.height / 2 + sin * x - cos * y,
+    )  # fmt: skip
+    return image.transform(
+        image.size,
+        PIL.Image.Transform.AFFINE,
+        matrix,
+        PIL.Image.Resampling.BILINEAR,
+        fillcolor=(255, 255, 255),
+    )
 
 
 def drop_tokens(

@@ -73,8 +73,6 @@ def _write_scarce(run: Quickstart) -> None:
     if target.exists():
         return
     with replacing(target) as folder:
-        for task in run.tasks:
-            lines = (
-                (run.folder / "data/train" / f"{task}.jsonl").read_text("utf-8").splitlines(True)
-            )
-            (folder / f"{task}.jsonl").write_text("".join(lines[::SCARCE]), encoding="utf-8")
+        for path in sorted((run.folder / "data/train").glob("*.jsonl")):
+            lines = path.read_text("utf-8").splitlines(True)
+            (folder / path.name).write_text("".join(lines[::SCARCE]), encoding="utf-8")
