@@ -318,6 +318,7 @@ def build_model(
     image_settings: ImageSettings,
     *,
     init_std: float = 0.05,
+    branch_scale: float = 0.01,
     seed: int = 0,
     **kwargs: Any,
 ) -> MocaModel:
@@ -325,6 +326,9 @@ def build_model(
 
     Args:
         config: for example of `tiny_config`.
+        branch_scale: the matrices that write into the residual stream start smaller by this
+            factor. The states then are nearly the embeddings of their tokens, so that texts with
+            words in common are alike before any training.
         tokenizer, image_settings, kwargs: as for `MocaModel`.
     """
     parts: tuple[Any, ...] = (config, config.get_text_config(), config.vision_config)
@@ -333,6 +337,11 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vlm = AutoModelForImageTextToText.from_config(config, attn_implementation=NAME)
+    with torch.no_grad():
+        for layer in (*vlm.model.language_model.layers, *vlm.model.visual.blocks):
+            for branch in _branches(layer):
+                [*_, output] = [m for m in branch.modules() if isinstance(m, nn.Linear)]
+                output.weight.mul_(branch_scale)
     return MocaModel(vlm.eval(), tokenizer, image_settings, **kwargs)
 
 
@@ -345,6 +354,11 @@ _CONFIG_TOKENS = (
     "vision_start",
     "vision_end",
 )
+
+
+def _branches(layer: nn.Module) -> list[nn.Module]:
+    """The attention and the feed-forward block of a layer; each ends in its output matrix."""
+    return [module for name, module in layer.named_children() if "attn" in name or name == "mlp"]
 
 
 def _feed_forward(hidden: int) -> int:

@@ -61,8 +61,9 @@ def gather(folder: Path, summary: str, date: str, tests: Mapping[str, Sequence[P
         versions={name: version(name) for name in PACKAGES},
         facts={"parameters": f"{parameters / 1e6:.1f} M"},
         tasks=_scores(folder, data["tasks"], tests),
-        metrics_note="chance: a random order. TF-IDF: words in common. CNN + n-gram: a plain "
-        "two-tower model trained on the same pairs.",
+        metrics_note="Before training: the same model with its random weights, whose texts with "
+        "words in common are alike. Chance: a random order. TF-IDF: words in common. CNN + n-gram: "
+        "a plain two-tower model trained on the same pairs.",
         stage1=read_log(folder / "cpt"),
         stage2=read_log(folder / "contrast"),
         reconstructions=reconstruct(folder / "cpt", _held_out_pictures(tests)),
@@ -150,7 +151,8 @@ def _search(task: str, pool: Pool, query: int, scores: np.ndarray) -> Search:
 def _scores(
     folder: Path, tasks: Sequence[Mapping[str, Any]], tests: Mapping[str, Sequence[Pair]]
 ) -> list[TaskScores]:
-    scores, baseline = _json(folder / "metrics.json"), folder / "baseline.json"
+    scores, untrained = _json(folder / "metrics.json"), _json(folder / "untrained.json")
+    baseline = folder / "baseline.json"
     plain = _json(baseline) if baseline.exists() else {}
     rows = []
     for task in tasks:
@@ -158,6 +160,7 @@ def _scores(
         pool = Pool.of_pairs(tests[name])
         systems = {
             "MoCa (this run)": scores[name]["model"],
+            "before training": untrained[name]["model"],
             "CNN + n-gram": plain.get(name),
             "TF-IDF": scores[name].get("tf-idf"),
             "chance": scores[name]["chance"],

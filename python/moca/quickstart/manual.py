@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moca.data.html import HtmlCorpus, caption_figure_pairs, title_section_pairs
 from moca.data.records import Document, ImageLike, Pair
@@ -77,14 +77,12 @@ def split_manual(corpus: HtmlCorpus, pictures: Pictures, share: float = TEST_SHA
     # Every picture must be known before look-alikes are searched.
     pictures_of([section.body for section in corpus.sections], pictures)
     split = ManualSplit({}, {}, [])
+    seen = pictures.near(pictures_of([section.body for section in kept], pictures))
     for task, pairs in by_task.items():
         items = [pair for pair in pairs if page_of(pair) in held]
-        # "Original image" stands on many pages and tells none of them from another.
-        told = [p for p in items if task != FIGURE_TASK or text_key(p.query.text) not in lines]
-        split.test[task], split.dropped[task] = unique_items(told, pictures, near=True)
-        if len(told) < len(items):
-            reason = "test caption that also stands on a training page"
-            split.dropped[task][reason] = len(items) - len(told)
+        items, dropped = _unseen(items, lines if task == FIGURE_TASK else set(), seen, pictures)
+        split.test[task], split.dropped[task] = unique_items(items, pictures, near=True)
+        split.dropped[task] += dropped
     tested = [pair for items in split.test.values() for pair in items]
     hidden = pictures.near(pictures_of([pair.positive for pair in tested], pictures))
     for task, pairs in by_task.items():
@@ -98,6 +96,27 @@ def split_manual(corpus: HtmlCorpus, pictures: Pictures, share: float = TEST_SHA
         if not texts & {text_key(section.body.text), text_key(section.title)}
     ]
     return split
+
+
+def _unseen(
+    items: list[Pair], lines: set[str], seen: set[int], pictures: Pictures
+) -> tuple[list[Pair], Counter[str]]:
+    """Test items without what training pages show too: "Original image", or the logo on every
+    page, does not tell one page from another."""
+    kept: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    for pair in items:
+        positive = without_pictures(pair.positive, seen, pictures)
+        if text_key(pair.query.text) in lines:
+            dropped["test caption that also stands on a training page"] += 1
+        elif not text_key(positive.text) and not positive.images:
+            dropped["test figure that also stands on a training page"] += 1
+        else:
+            dropped["test text that lost a picture of a training page"] += (
+                positive is not pair.positive
+            )
+            kept.append(replace(pair, positive=positive))
+    return kept, +dropped
 
 
 class _Pages:

@@ -255,6 +255,7 @@ def quickstart(config: QuickstartConfig) -> Path:
     """Run every stage that is not done yet; returns the path of the report."""
     run = Quickstart(config)
     run.prepare()
+    run.stage("evaluation before training", "untrained.json", lambda: run.evaluate("init"))
     run.train_stage1()
     run.train_stage2("contrast", "cpt/model", run.steps)
     run.stage("evaluation", "metrics.json", lambda: run.evaluate("contrast/model"))
