@@ -149,7 +149,7 @@ def _scaling() -> Iterator[Attention]:
         yield replace(forward, what=what, lengths=lengths, threads=threads, axis=place)
 
 
-PEERS = [Runner("torch", sdpa)]
+PEERS = [Runner("torch", sdpa, yardstick=True)]
 WORKS = {
     "tiny": [
         Attention(what="9 documents", lengths=mix(9, 1, 40), heads=4, kv_heads=2, dim=24),

@@ -335,7 +335,7 @@ def _full() -> list[System]:
 
 
 PEERS = [
-    Runner("torch", partial(rows, chunks=1)),
+    Runner("torch", partial(rows, chunks=1), yardstick=True),
     Runner("torch sorted", partial(rows, chunks=SORTED_CHUNKS)),
 ]
 WORKS = {

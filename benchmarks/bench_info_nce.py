@@ -75,7 +75,7 @@ def sentence_transformers(work: InfoNCE, leaves: tuple[Tensor, ...], d_out: Tens
 
 
 PEERS = [
-    Runner("torch", matmul_cross_entropy),
+    Runner("torch", matmul_cross_entropy, yardstick=True),
     Runner("sentence-transformers", sentence_transformers, package="sentence_transformers"),
 ]
 WORKS = {

@@ -105,7 +105,7 @@ def cut_cross_entropy(work: LinearCrossEntropy, leaves: tuple[Tensor, ...], d_ou
 
 
 PEERS = [
-    Runner("torch", counted_rows),
+    Runner("torch", counted_rows, yardstick=True),
     Runner("liger-kernel", liger, package="liger_kernel", devices=("cuda",)),
     Runner("cut-cross-entropy", cut_cross_entropy, package="cut_cross_entropy"),
 ]

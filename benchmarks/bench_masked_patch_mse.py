@@ -68,7 +68,7 @@ def eager(work: MaskedPatchMSE, leaves: tuple[Tensor, ...], d_out: Tensor) -> Ca
     return Call(lambda pred: _eager(pred, patches, index, work.normalize), leaves, d_out)
 
 
-PEERS = [Runner("torch", eager)]
+PEERS = [Runner("torch", eager, yardstick=True)]
 WORKS = {
     "tiny": [MaskedPatchMSE(masked=20, size=48, normalize=True)],
     "full": [

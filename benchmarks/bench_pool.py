@@ -73,7 +73,7 @@ def index_add(work: Pool, leaves: tuple[Tensor, ...], d_out: Tensor) -> Call:
     return Call(function, leaves, d_out)
 
 
-PEERS = [Runner("torch", segment_mean), Runner("torch index_add", index_add)]
+PEERS = [Runner("torch", segment_mean, yardstick=True), Runner("torch index_add", index_add)]
 WORKS = {
     "tiny": [Pool(tokens=200, dim=24, documents=9)],
     "full": [

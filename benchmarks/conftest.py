@@ -40,6 +40,12 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("work", "runner"), cases)
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("device") == "cuda":
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=DeviceTime))
+
+
 def _runners(module, device, optional_peers):
     op = module.__name__.rpartition("bench_")[2]
     for backend in BACKENDS[device]:
@@ -69,17 +75,27 @@ def _skip(reason):
 def measured(benchmark, pytestconfig):
     """Measures one case: call it with a work and a runner."""
     device, size = pytestconfig.getoption("device"), pytestconfig.getoption("size")
-    if device == "cuda":
-        benchmark._timer = DeviceTime
     return lambda work, runner: measure(benchmark, work, runner, device, size)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Adds versions; drops the name of the host, which says nothing about its speed."""
-    machine_info.pop("node", None)
+    """Adds versions; drops what names the host and says nothing about its speed."""
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
     machine_info["torch"] = torch.__version__
     machine_info["moca_fast"] = moca_fast.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["size"] = config.getoption("size")
     if torch.cuda.is_available():
         machine_info["gpu"] = torch.cuda.get_device_name()
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    for name in ("project", "branch"):
+        commit_info.pop(name, None)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Drops the parameters, which are objects: what is needed of them is in extra_info."""
+    for case in output_json["benchmarks"]:
+        del case["params"], case["options"]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.limits import Limits, measure_limits
+from benchmarks.limits import Limits, measure_limits, wait
 from moca_fast import _C
 
 ROUNDS = 7  # least; the median of an odd number is one of them
@@ -54,7 +54,7 @@ class Target:
     """What a work is meant to reach.
 
     Args:
-        speedup: times as fast as the peer "torch".
+        speedup: times as fast as the op's yardstick among the peers.
         memory: most extra memory, as a fraction of `Work.avoided()`; None for no target.
         limit: least fraction of the machine's limit; None for no target.
     """
@@ -183,12 +183,14 @@ class Runner:
         build: makes the call of a work out of (work, leaves, d_out).
         package: that an optional peer needs; it runs with --peers.
         devices: that it runs on.
+        yardstick: the peer that targets speak of; one of each op.
     """
 
     name: str
     build: Callable[[Any, tuple[Tensor, ...], Tensor], Call]
     package: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    yardstick: bool = False
 
     @property
     def ours(self) -> bool:
@@ -288,7 +290,7 @@ def measure(benchmark: Any, work: Work, runner: Runner, device: str, size: str) 
     with threads_of(work) as threads:
         error = check(call, expected, work.torch_dtype, factor)
         memory = extra_memory(call.run, device)
-        median = time_call(benchmark, work.group, call.run, size)
+        median = time_call(benchmark, work.group, call.run, device, size)
         limits = measure_limits(device, threads, size)
     benchmark.extra_info.update(
         error_of_allowed=error,
@@ -301,11 +303,14 @@ def measure(benchmark: Any, work: Work, runner: Runner, device: str, size: str) 
         benchmark.extra_info.update(rates(work.cost(), work.dtype, median, limits))
 
 
-def time_call(benchmark: Any, group: str, run: Callable[[], object], size: str) -> float | None:
+def time_call(
+    benchmark: Any, group: str, run: Callable[[], object], device: str, size: str
+) -> float | None:
     """The median time of a call in seconds; None with --benchmark-disable."""
     benchmark.group = group
     began = time.perf_counter()
     run()
+    wait(device)
     once = time.perf_counter() - began
     iterations = max(1, math.ceil(ROUND_SECONDS[size] / once))
     rounds = math.ceil(SECONDS[size] / (once * iterations))
@@ -322,6 +327,7 @@ def describe(work: Work, runner: Runner, device: str, threads: int) -> dict[str,
     return {
         "runner": runner.name,
         "ours": runner.ours,
+        "yardstick": runner.yardstick,
         "title": work.title,
         "dtype": work.dtype,
         "backward": work.backward,

@@ -74,14 +74,15 @@ def seconds(work: Callable[[], object], device: str) -> float:
     work()
     times = []
     for _ in range(REPEATS):
-        _wait(device)
+        wait(device)
         began = time.perf_counter()
         work()
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - began)
     return min(times)
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until the device has done all that it was given."""
     if device != "cpu":
         torch.cuda.synchronize()

@@ -19,7 +19,7 @@ MARKERS = "osD^vP*X"
 
 
 def roofline(run: Run) -> str | None:
-    """GFLOP/s over operations a byte, ours and torch's, under the machine's limits."""
+    """GFLOP/s over operations a byte, ours and the peers', under the machine's limits."""
     cases = [case for case in run.cases if case.info["traffic"] and case.info["gflops"]]
     cases = [case for case in cases if not case.info["axis"]]
     if not cases:
@@ -39,7 +39,7 @@ def roofline(run: Run) -> str | None:
         for place, op in enumerate(ops):
             axes.plot([], [], color="grey", linestyle="", marker=MARKERS[place], label=op)
         axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
-        axes.set_title("filled: ours, hollow: torch; dotted: torch's GEMM", fontsize=9)
+        axes.set_title("filled: ours, hollow: peers; dotted: torch's GEMM", fontsize=9)
         axes.legend(fontsize=7, loc="lower right")
         return _svg(figure)
 

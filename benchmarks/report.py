@@ -17,7 +17,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OUTPUT = ROOT / "docs" / "performance.md"
-PEER = "torch"  # the one that targets speak of
 SYSTEM = ("cpt", "contrast", "encode")  # titles of the end-to-end works begin with one of these
 PREAMBLE = """# Performance
 
@@ -86,9 +85,9 @@ class Run:
     def peers(self, case: Case) -> list[Case]:
         return [other for other in self.groups[case.group] if not other.info["ours"]]
 
-    def speedup(self, case: Case) -> float | None:
-        """How many times as fast as torch; None without it."""
-        return next((p.median / case.median for p in self.peers(case) if p.runner == PEER), None)
+    def yardstick(self, case: Case) -> Case | None:
+        """The peer that targets speak of; None if it did not run."""
+        return next((peer for peer in self.peers(case) if peer.info["yardstick"]), None)
 
 
 def read(path: Path) -> Run:
@@ -109,7 +108,8 @@ def machine_name(run: Run) -> str:
     if any(case.info["device"] != "cpu" for case in run.cases):
         return run.machine.get("gpu", "unnamed GPU")
     cpu = run.machine.get("cpu", {})
-    return f"{cpu.get('brand_raw', run.machine.get('machine'))}, {run.machine['threads']} threads"
+    brand, threads = cpu.get("brand_raw", run.machine.get("machine")), run.machine["threads"]
+    return f"{brand}, {threads} thread{'s' * (threads != 1)}"
 
 
 def provenance(run: Run) -> str:
@@ -145,17 +145,18 @@ def targets(run: Run) -> str:
         target = case.info["target"]
         if not target:
             continue
-        speedup, memory = run.speedup(case), None
+        peer, memory = run.yardstick(case), None
         if case.info["avoided_bytes"]:
             memory = case.info["extra_bytes"] / case.info["avoided_bytes"]
         rows.append([
             case.group,
             case.runner,
-            judged(speedup, target["speedup"], "x"),
+            peer.runner if peer else "",
+            judged(peer.median / case.median if peer else None, target["speedup"], "x"),
             judged(memory, target["memory"], "%", at_most=True),
             judged(case.info["fraction_of_limit"], target["limit"], "%"),
         ])  # fmt: skip
-    heads = ["work", "", f"times as fast as {PEER}", "extra memory of the array avoided", "limit"]
+    heads = ["work", "", "peer", "times as fast", "extra memory of the array avoided", "limit"]
     return "### Targets\n\n" + table(heads, rows) if rows else ""
 
 

@@ -66,7 +66,8 @@ def test_roofline():
 
 def case(runner: str, median: float, **info) -> dict:
     shared = {
-        "runner": runner, "ours": runner.startswith("moca_fast"), "title": "pool T 8",
+        "runner": runner, "ours": runner.startswith("moca_fast"),
+        "yardstick": runner == "torch", "title": "pool T 8",
         "dtype": "float32", "device": "cpu", "threads": 2, "isa": "avx512", "target": None,
         "axis": None, "avoided_bytes": 0, "extra_bytes": 3_000_000, "flops": 2e9, "traffic": 1e9,
         "gflops": 2 / median, "gbytes": 1 / median, "tokens_per_second": None,
