@@ -291,7 +291,7 @@ def measure(benchmark: Any, work: Work, runner: Runner, device: str, size: str) 
         error = check(call, expected, work.torch_dtype, factor)
         memory = extra_memory(call.run, device)
         median = time_call(benchmark, work.group, call.run, device, size)
-        limits = measure_limits(device, threads, size)
+        limits = measure_limits(device, threads, size, work.dtype)
     benchmark.extra_info.update(
         error_of_allowed=error,
         extra_bytes=memory[1],
@@ -300,7 +300,7 @@ def measure(benchmark: Any, work: Work, runner: Runner, device: str, size: str) 
         **describe(work, runner, device, threads),
     )
     if median:
-        benchmark.extra_info.update(rates(work.cost(), work.dtype, median, limits))
+        benchmark.extra_info.update(rates(work.cost(), median, limits))
 
 
 def time_call(
@@ -340,10 +340,10 @@ def describe(work: Work, runner: Runner, device: str, threads: int) -> dict[str,
     }
 
 
-def rates(cost: Cost, dtype: str, median: float, limits: Limits) -> dict[str, float | None]:
+def rates(cost: Cost, median: float, limits: Limits) -> dict[str, float | None]:
     """Rates in 1e9 a second, and the machine's own beside them."""
     gflops = cost.flops / median / 1e9
-    attainable = limits.attainable(dtype, cost.flops, cost.traffic)
+    attainable = limits.attainable(cost.flops, cost.traffic)
     return {
         "flops": cost.flops,
         "traffic": cost.traffic,
@@ -352,8 +352,8 @@ def rates(cost: Cost, dtype: str, median: float, limits: Limits) -> dict[str, fl
         "tokens_per_second": cost.tokens / median or None,
         "limit_multiply_add": limits.multiply_add,
         "limit_dot_product": limits.dot_product,
-        "limit_peak": limits.peak(dtype),
-        "limit_gemm": limits.gemm[dtype],
+        "limit_peak": limits.peak,
+        "limit_gemm": limits.gemm,
         "limit_copy": limits.copy,
         "limit_roofline": attainable,
         "fraction_of_limit": gflops / attainable,

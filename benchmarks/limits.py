@@ -15,58 +15,66 @@ PEAK_STEPS = 4_000_000  # of 24 or 12 multiply-adds: some hundredths of a second
 # of a full run is far larger than any cache.
 COPY_ELEMENTS = {"tiny": 1 << 22, "full": 1 << 26}
 GEMM_SIDE = {"tiny": 256, "full": 2048}
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates of one device at one number of threads, in 1e9 a second.
+    """Rates of one device at one number of threads, for numbers of one dtype, in 1e9 a second.
 
     Args:
         multiply_add: float32 operations that never leave registers; None on a GPU.
         dot_product: the same of the bfloat16 dot product; None where there is no such instruction.
-        gemm: operations of torch's matrix product, by dtype.
+        gemm: operations of torch's matrix product in the dtype.
         copy: bytes read plus bytes written by torch's copy of a large array.
+        dtype: for which `peak` holds.
     """
 
     multiply_add: float | None
     dot_product: float | None
-    gemm: dict[str, float]
+    gemm: float
     copy: float
+    dtype: str
 
-    def peak(self, dtype: str) -> float:
-        """Most operations on numbers of `dtype`: that of the instruction, else of the GEMM."""
-        if dtype == "bfloat16" and self.dot_product:
+    @property
+    def peak(self) -> float:
+        """Most operations on numbers of the dtype: of the instruction, else of the GEMM."""
+        if self.dtype == "bfloat16" and self.dot_product:
             return self.dot_product
-        return self.multiply_add or self.gemm[dtype]
+        return self.multiply_add or self.gemm
 
-    def attainable(self, dtype: str, flops: float, traffic: float) -> float:
+    def attainable(self, flops: float, traffic: float) -> float:
         """The roofline: most operations a second for work of `flops` on `traffic` bytes."""
-        peak = self.peak(dtype)
-        return min(peak, flops / traffic * self.copy) if traffic else peak
+        return min(self.peak, flops / traffic * self.copy) if traffic else self.peak
+
+
+def measure_limits(device: str, threads: int, size: str, dtype: str) -> Limits:
+    """The limits with `torch.get_num_threads() == threads`; each is measured once a process."""
+    return Limits(
+        _instruction_rate(False, threads) if device == "cpu" else None,
+        _instruction_rate(True, threads) if device == "cpu" else None,
+        _gemm_rate(device, threads, GEMM_SIDE[size], dtype),
+        _copy_rate(device, threads, COPY_ELEMENTS[size]),
+        dtype,
+    )
 
 
 @cache
-def measure_limits(device: str, threads: int, size: str) -> Limits:
-    """The limits with `torch.get_num_threads() == threads`; measured once a process."""
-    side, elements = GEMM_SIDE[size], COPY_ELEMENTS[size]
-    gemm = {}
-    for dtype in DTYPES:
-        matrix = torch.randn(side, side, device=device).to(getattr(torch, dtype))
-        gemm[dtype] = 2 * side**3 / seconds(partial(torch.mm, matrix, matrix), device) / 1e9
-    source, target = (torch.ones(elements, device=device) for _ in "ab")
-    copy = 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
-    if device != "cpu":
-        return Limits(None, None, gemm, copy)
-    return Limits(_instruction_rate(False, threads), _instruction_rate(True, threads), gemm, copy)
-
-
 def _instruction_rate(bfloat16: bool, threads: int) -> float | None:
-    def work() -> float:
-        return _C.peak(steps=PEAK_STEPS, bfloat16=bfloat16, threads=threads)
-
+    work = partial(_C.peak, steps=PEAK_STEPS, bfloat16=bfloat16, threads=threads)
     flops = work()
     return flops / seconds(work, "cpu") / 1e9 if flops else None
+
+
+@cache
+def _gemm_rate(device: str, threads: int, side: int, dtype: str) -> float:
+    matrix = torch.randn(side, side, device=device).to(getattr(torch, dtype))
+    return 2 * side**3 / seconds(partial(torch.mm, matrix, matrix), device) / 1e9
+
+
+@cache
+def _copy_rate(device: str, threads: int, elements: int) -> float:
+    source, target = torch.ones(2, elements, device=device)
+    return 2 * source.nbytes / seconds(partial(target.copy_, source), device) / 1e9
 
 
 def seconds(work: Callable[[], object], device: str) -> float:

@@ -12,7 +12,6 @@ from benchmarks.limits import Limits
 from benchmarks.report import Run, main, read, section, targets
 
 WORK = Pool(tokens=50, dim=8, documents=4)
-LIMITS = Limits(multiply_add=100.0, dot_product=400.0, gemm={"float16": 50.0}, copy=10.0)
 
 
 def call(change=lambda out: out) -> Call:
@@ -57,11 +56,14 @@ def test_extra_memory_sees_what_is_freed_again():
 
 
 def test_roofline():
-    assert LIMITS.attainable("float32", flops=8, traffic=8) == 10  # bound by memory
-    assert LIMITS.attainable("float32", flops=800, traffic=8) == 100
-    assert LIMITS.attainable("bfloat16", flops=800, traffic=8) == 400
-    assert LIMITS.attainable("bfloat16", flops=1, traffic=0) == 400
-    assert Limits(None, None, {"float16": 50.0}, 10.0).peak("float16") == 50
+    rates = {"multiply_add": 100.0, "dot_product": 400.0, "gemm": 50.0, "copy": 10.0}
+    single, half = Limits(**rates, dtype="float32"), Limits(**rates, dtype="bfloat16")
+    assert single.attainable(flops=8, traffic=8) == 10  # bound by memory
+    assert single.attainable(flops=800, traffic=8) == 100
+    assert half.attainable(flops=800, traffic=8) == 400
+    assert half.attainable(flops=1, traffic=0) == 400  # whose bytes are not known
+    on_gpu = {**rates, "multiply_add": None, "dot_product": None}
+    assert Limits(**on_gpu, dtype="bfloat16").peak == 50
 
 
 def case(runner: str, median: float, **info) -> dict:
