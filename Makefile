@@ -1,10 +1,14 @@
 # make quickstart   train, evaluate and search a miniature on real data; report in runs/quickstart
 # make compare      the same, and what stage 1 is worth (several times as long)
 # make test         the test suite
+# make bench        benchmarks into benchmarks/results/, and docs/performance.md from them
+# make bench-smoke  the same on tiny sizes, into runs/: does everything run?
 # make lint         ruff, mypy and clang-format
 #
 # DOCS=folder       use a folder of HTML pages instead of the Debian packages
-# ARGS="key=value"  settings of `moca quickstart`, e.g. ARGS="output=runs/again seed=1"
+# ARGS="key=value"  settings of `moca quickstart`, e.g. ARGS="output=runs/again seed=1"; options of
+#                   pytest for test and bench, e.g. ARGS="-k attention"
+# NAME=machine      the file of `make bench` in benchmarks/results/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +19,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt .ci/constraints.txt $(shell fi
 # build of torch: it is kept out of the environment, and the one test that needs it says where it is.
 TORCHVISION := .cache/torchvision
 
-.PHONY: quickstart compare test lint clean
+BENCH := $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
+NAME ?= latest
+
+.PHONY: quickstart compare test bench bench-smoke lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
@@ -25,6 +32,15 @@ compare: $(VENV)/.quickstart
 
 test: $(VENV)/.test $(TORCHVISION)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test
+	$(BENCH) --benchmark-json=benchmarks/results/$(NAME).json $(ARGS)
+	$(BIN)/python -m benchmarks.report
+
+bench-smoke: $(VENV)/.test
+	mkdir -p runs
+	$(BENCH) --size tiny --peers --benchmark-json=runs/bench-smoke.json $(ARGS)
+	$(BIN)/python -m benchmarks.report runs/bench-smoke.json --output=runs/bench-smoke.md
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

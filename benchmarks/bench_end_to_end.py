@@ -1,0 +1,352 @@
+"""The whole system: a step of both training stages, and `encode`, in tokens a second.
+
+The peer is the same model with torch's attention over padded rows and torch's losses; "sorted"
+cuts a batch into chunks of similar length first. It keeps our patch embedding, a matrix product
+that is faster on CPUs than the convolution transformers has. Making batches is in no time but that
+of `encode`. The oracle takes every document alone; transformers' norms and rotary angles stay in
+float32 even there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from moca.config import ContrastConfig, CptConfig
+from moca.contrast import ContrastObjective, PairBatch
+from moca.data.encode import Encoder
+from moca.data.packing import document_cost, pack
+from moca.embed import Embedder
+from moca.model import MocaModel, split_documents
+from moca.optim import build_optimizers
+from moca.pretrain import IGNORE, MaskedBatch, PretrainObjective, mask_batch
+from moca.quickstart.run import BATCH, CPT_COST, IMAGES, TRAINING
+from moca.run import resolve_precision, seeded
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import moca_fast
+from benchmarks import padded
+from benchmarks.harness import Call, Cost, Expected, Runner, Target, Work, largest_difference
+from benchmarks.miniatures import (
+    DOCUMENTS,
+    POSITIVES,
+    QUERIES,
+    QUICKSTART,
+    TINY,
+    WIDE,
+    Size,
+    build,
+    documents,
+    tokenizer,
+)
+
+# Configurations name files; nothing here reads or writes one.
+PATHS: dict[str, Any] = {"model": "-", "output": "-"}
+TEMPERATURE = 0.05
+SORTED_CHUNKS = 4
+# A single number may agree with the oracle by chance: so many roundings are allowed in any case.
+LEAST_ROUNDINGS = 2
+PROFILED = 12  # operations listed by the time they take
+
+
+@dataclass(frozen=True, kw_only=True)
+class System(Work):
+    """`kind` is "cpt", "contrast" or "encode"; `amount` its cost, its pairs or its documents."""
+
+    kind: str
+    model: Size
+    amount: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind} {self.model.name}"
+
+    def leaves(self, device: str) -> tuple[Tensor, ...]:
+        return ()
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(tokenizer(), IMAGES, TRAINING["max_length"])
+
+    def masked_batch(self) -> MaskedBatch:
+        """Documents in random order, up to the cost of a batch."""
+        config, encoded, room = self.config(), [], self.amount
+        for document in map(self.encoder, documents(self.amount, DOCUMENTS, seed=0)):
+            room -= document_cost(document, IMAGES.merge_size)
+            if room < 0:
+                break
+            encoded.append(document)
+        return mask_batch(
+            pack(encoded, IMAGES.merge_size, self.encoder.image_token_id),
+            special_ids=torch.tensor(sorted(tokenizer().all_special_ids)),
+            mask_token_id=tokenizer().mask_token_id,
+            merge_size=IMAGES.merge_size,
+            mlm_probability=config.mlm_probability,
+            mae_probability=config.mae_probability,
+            generator=seeded(0),
+        )
+
+    def pair_batch(self) -> PairBatch:
+        pairs = documents(self.amount, QUERIES, 1) + documents(self.amount, POSITIVES, 2)
+        encoded = [self.encoder(document) for document in pairs]
+        batch = pack(encoded, IMAGES.merge_size, self.encoder.image_token_id)
+        ids = torch.arange(self.amount)
+        return PairBatch("mixed", batch, self.amount, 0, ids, ids, self.encoder.counts)
+
+    def config(self) -> Any:
+        """That of the stage, with the quickstart's settings."""
+        if self.kind == "cpt":
+            return CptConfig(**PATHS, documents=["-"], **TRAINING)
+        return ContrastConfig(**PATHS, pairs={"mixed": "-"}, temperature=TEMPERATURE, **TRAINING)
+
+    def expected(self, device: str) -> list[Expected]:
+        rough = alone(self, device, self.torch_dtype).run()
+        exact = alone(self, device, torch.float64).run()
+        least = LEAST_ROUNDINGS * torch.finfo(self.torch_dtype).eps
+        return [
+            Expected(e, max(largest_difference(r, e), least * float(e.abs().max())))
+            for r, e in zip(rough, exact, strict=True)
+        ]
+
+    def cost(self) -> Cost:
+        return _counted(self)
+
+
+@lru_cache
+def _counted(work: System) -> Cost:
+    """Operations that torch counts while every document goes through alone, without padding."""
+    step = alone(work, "cpu", torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        step.run()
+    return Cost(counter.get_total_flops(), 0, step.info["tokens"])
+
+
+class Step(Call):
+    """A training step or an encoding: everything is inside, there is nothing to differentiate."""
+
+    def __init__(self, work: Callable[[], Sequence[Tensor]], tokens: int) -> None:
+        super().__init__(lambda: torch.empty(0), (), torch.empty(0), info={"tokens": tokens})
+        self.work = work
+
+    def prepared(self, backward: bool) -> Step:
+        return self
+
+    def run(self) -> tuple[Tensor, ...]:
+        return tuple(self.work())
+
+    def report(self) -> dict[str, Any]:
+        """Where the time goes: the operations with the most, as fractions of all."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            self.run()
+        events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events) or 1
+        shares = [(e.key, e.self_cpu_time_total / total, e.count) for e in events[:PROFILED]]
+        return {**self.info, "profile": shares}
+
+
+def training(
+    work: System,
+    model: MocaModel,
+    objective: nn.Module,
+    losses: Callable[[], Iterator[Tensor]],
+    tokens: int,
+) -> Step:
+    """A step of either stage: (loss, norm of the gradient, gradient of an early bias).
+
+    Args:
+        losses: parts of the loss; each is differentiated before the next is made.
+    """
+    objective.train()
+    config, device = work.config(), model.device.type
+    optimizers = build_optimizers(objective, config)
+    mixed = work.dtype == "bfloat16" and model.vlm.dtype == torch.float32
+    early = model.language_model.layers[0].self_attn.q_proj.bias
+
+    def step() -> tuple[Tensor, ...]:
+        total, parts = 0.0, losses()
+        while True:
+            with torch.autocast(device, torch.bfloat16, enabled=mixed):
+                part = next(parts, None)
+            if part is None:
+                break
+            part.backward()
+            total += float(part.detach())
+        gradient = early.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.tensor(total, dtype=torch.float64), norm.detach(), gradient
+
+    return Step(step, tokens)
+
+
+def moca(work: System, leaves: tuple, d_out: Tensor, backend: str) -> Step:
+    model = build(work.model, "moca_fast").to(d_out.device)
+    step = {"cpt": _cpt, "contrast": _contrast, "encode": _encode}[work.kind](work, model)
+    inner = step.work
+
+    def on_backend() -> Sequence[Tensor]:
+        with moca_fast.use_backend(backend):
+            return inner()
+
+    step.work = on_backend
+    return step
+
+
+def _cpt(work: System, model: MocaModel) -> Step:
+    masked, config = work.masked_batch(), work.config()
+    masked = MaskedBatch(
+        masked.batch.to(model.device),
+        *(t.to(model.device) for t in (masked.labels, masked.patches, masked.units)),
+    )
+    objective = _pretraining(model)
+
+    def losses() -> Iterator[Tensor]:
+        mlm, _, mae, _ = objective(masked)
+        yield mlm + config.mae_weight * mae
+
+    return training(work, model, objective, losses, len(masked.labels))
+
+
+def _contrast(work: System, model: MocaModel) -> Step:
+    batch = work.pair_batch().to(model.device)
+    objective = ContrastObjective(model, work.config()).to(model.device)
+
+    def losses() -> Iterator[Tensor]:
+        yield objective(batch)
+
+    return training(work, model, objective, losses, len(batch.batch.input_ids))
+
+
+def _encode(work: System, model: MocaModel) -> Step:
+    embedder = Embedder(model.eval(), TRAINING["max_length"])
+    items = documents(work.amount, POSITIVES, 0)
+    tokens = sum(len(work.encoder(item)) for item in items)
+    return Step(lambda: [torch.from_numpy(embedder.encode(items))], tokens)
+
+
+def _pretraining(model: MocaModel) -> PretrainObjective:
+    """With the same weights every time, in the dtype of the model."""
+    torch.manual_seed(0)
+    return PretrainObjective(model).to(device=model.device, dtype=model.vlm.dtype)
+
+
+def rows(work: System, leaves: tuple, d_out: Tensor, chunks: int) -> Step:
+    """The peer: padded rows, in one chunk or in several of similar length."""
+    if work.kind == "encode" and chunks > 1:
+        pytest.skip("encode sorts documents by length anyway")
+    return _padded(work, build(work.model, "sdpa").to(d_out.device), chunks)
+
+
+def alone(work: System, device: str, dtype: torch.dtype) -> Step:
+    """Every document in a chunk of its own, with nothing fused."""
+    weights = torch.float64 if dtype == torch.float64 else torch.float32  # autocast does the rest
+    return _padded(work, build(work.model, "eager").to(device=device, dtype=weights), None)
+
+
+def _padded(work: System, model: MocaModel, chunks: int | None) -> Step:
+    """`chunks` of None puts every document into its own."""
+    return {"cpt": _cpt_rows, "contrast": _contrast_rows, "encode": _encode_rows}[work.kind](
+        work, model, chunks
+    )
+
+
+def _cpt_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
+    masked, config = work.masked_batch(), work.config()
+    parts = padded.pad_masked(masked, model, chunks or len(masked.batch))
+    tokens = int((masked.labels != IGNORE).sum())
+    patches = len(masked.units) * IMAGES.merge_size**2
+    objective = _pretraining(model)
+
+    def losses() -> Iterator[Tensor]:
+        for part in parts:
+            mlm, mae = padded.pretrain_loss(objective, part, tokens, patches)
+            yield mlm + config.mae_weight * mae
+
+    return training(work, model, objective, losses, len(masked.labels))
+
+
+def _contrast_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
+    """Queries and documents apart from each other, as their lengths differ."""
+    batch = work.pair_batch()
+    singles = split_documents(batch.batch, IMAGES)
+    embed_sides = [
+        padded.embedding(model, side, chunks or len(side))
+        for side in (singles[: batch.pairs], singles[batch.pairs :])
+    ]
+    target = torch.arange(batch.pairs, device=model.device)
+
+    def losses() -> Iterator[Tensor]:
+        query, document = (embed() for embed in embed_sides)
+        yield F.cross_entropy(query @ document.T / TEMPERATURE, target)
+
+    return training(work, model, model, losses, len(batch.batch.input_ids))
+
+
+def _encode_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
+    """Sorted by length, as sentence-transformers does; batches of as many tokens as ours have,
+    padding counted."""
+    items, model = documents(work.amount, POSITIVES, 0), model.eval()
+    budget = 1 if chunks is None else Embedder(model).batch_tokens
+
+    @torch.inference_mode()
+    def encode() -> list[Tensor]:
+        encoded = [work.encoder(item) for item in items]
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+        cuts = [0]
+        for place in range(1, len(order)):
+            longest = len(encoded[order[cuts[-1]]])
+            if longest * (place - cuts[-1] + 1) > budget:
+                cuts.append(place)
+        result = torch.empty(len(items), model.hidden_size, dtype=model.vlm.dtype)
+        for begin, end in pairwise([*cuts, len(order)]):
+            some = order[begin:end]
+            image = work.encoder.image_token_id
+            singles = [pack([encoded[i]], IMAGES.merge_size, image) for i in some]
+            result[some] = padded.embed(model, padded.pad(singles).to(model.device)).cpu()
+        return [result]
+
+    return Step(encode, sum(len(work.encoder(item)) for item in items))
+
+
+def _full() -> list[System]:
+    mixed = {"fp32": "float32", "bf16": "bfloat16"}[resolve_precision("auto")]
+    works = []
+    # The amounts of a step of the quickstart; less for the larger model, whose step is 20 times as
+    # much work.
+    for model, target, cost, pairs, items in (
+        (QUICKSTART, Target(2), CPT_COST, BATCH, 512),
+        (WIDE, None, CPT_COST // 4, BATCH // 2, 128),
+    ):
+        for kind, amount in (("cpt", cost), ("contrast", pairs)):
+            works.append(System(kind=kind, model=model, amount=amount, dtype=mixed, target=target))
+        works.append(
+            System(kind="encode", model=model, amount=items, backward=False, target=target)
+        )
+    return works
+
+
+PEERS = [
+    Runner("torch", partial(rows, chunks=1), yardstick=True),
+    Runner("torch sorted", partial(rows, chunks=SORTED_CHUNKS)),
+]
+WORKS = {
+    "tiny": [
+        System(kind="cpt", model=TINY, amount=400),
+        System(kind="contrast", model=TINY, amount=6),
+        System(kind="encode", model=TINY, amount=6, backward=False),
+    ],
+    "full": _full(),
+}
+
+
+def bench_end_to_end(measured, work, runner):
+    measured(work, runner)
