@@ -18,13 +18,8 @@ import pyarrow.parquet as pq
 from moca.checkpoint import replacing
 from moca.data.batching import pair_keys
 from moca.data.images import ImageSettings, decode, resize
-from moca.data.records import IMAGE_MARKER, Document, ImageLike, Pair
+from moca.data.records import Document, ImageLike, Pair
 from moca.quickstart.corpora import Corpora
-from moca.quickstart.derived import derive_pairs
-from moca.quickstart.manual import SECTION_TASK
-
-# Derived pairs that are fewer make no batch worth having.
-MIN_DERIVED = 32
 
 
 class PictureStore:
@@ -75,8 +70,6 @@ def write_corpora(
             table = pa.Table.from_pylist(rows, schema)
             pq.write_table(table, data / "documents" / f"{source}.parquet")
         train = {task.name: task.train for task in corpora.tasks}
-        derived = derive_pairs(train.get(SECTION_TASK, []), held_out_texts(corpora))
-        train |= {task: pairs for task, pairs in derived.items() if distinct(pairs) >= MIN_DERIVED}
         test = {task.name: task.test for task in corpora.tasks}
         for part, tasks in (("train", train), ("test", test)):
             (data / part).mkdir()
@@ -99,12 +92,6 @@ def distinct(pairs: Sequence[Pair]) -> int:
     """How many pairs can stand in one batch at most: none may share a query or a positive."""
     queries, positives = ({pair_keys(pair)[side] for pair in pairs} for side in (0, 1))
     return min(len(queries), len(positives))
-
-
-def held_out_texts(corpora: Corpora) -> list[str]:
-    """Every text of a test item, without image markers."""
-    sides = (s for t in corpora.tasks for pair in t.test for s in (pair.query, pair.positive))
-    return [text for side in sides if (text := side.text.replace(IMAGE_MARKER, "").strip())]
 
 
 def _record(pair: Pair, store: PictureStore) -> dict:
