@@ -10,12 +10,15 @@ from moca_fast.ops.attention.op import attention
 from moca_fast.ops.info_nce.op import info_nce
 from moca_fast.ops.linear_cross_entropy.op import linear_cross_entropy
 from moca_fast.ops.masked_patch_mse.op import masked_patch_mse
+from moca_fast.ops.patchify.op import CLIP_MEAN, CLIP_STD, patchify
 from moca_fast.ops.pool.op import pool
 from moca_fast.span_mask import SpanMask
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
     "SpanMask",
     "__version__",
     "attention",
@@ -25,6 +28,7 @@ __all__ = [
     "info_nce",
     "linear_cross_entropy",
     "masked_patch_mse",
+    "patchify",
     "pool",
     "use_backend",
 ]

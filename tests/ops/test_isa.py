@@ -1,4 +1,4 @@
-"""The float64 tests of the losses once more on every instruction set this processor runs."""
+"""The float64 tests of the ops once more on every instruction set this processor runs."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from moca_fast import _C
 
-OPS = ("info_nce", "linear_cross_entropy", "masked_patch_mse", "pool")
+OPS = ("info_nce", "linear_cross_entropy", "masked_patch_mse", "patchify", "pool")
 ISAS = [name for name in _C.build_info()["cpu_isas"].split(",") if name != _C.cpu_isa()]
 
 

@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import torch
 
+import moca_fast
 from moca.data.records import ImageLike
 
-# Mean and standard deviation of the images CLIP was trained on, RGB in [0, 1]
-# (github.com/openai/CLIP).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # The limit of the Qwen2-VL processor: longer images cannot be resized to whole patches sensibly.
 MAX_ASPECT_RATIO = 200
 # Pillow's own threshold for a suspicious image; a quarter of a gigabyte once decoded.
@@ -52,8 +50,8 @@ class ImageSettings:
     temporal_patch_size: int = 2
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    image_std: tuple[float, float, float] = CLIP_STD
+    image_mean: tuple[float, float, float] = moca_fast.CLIP_MEAN
+    image_std: tuple[float, float, float] = moca_fast.CLIP_STD
 
     def __post_init__(self) -> None:
         sizes = ("patch_size", "merge_size", "temporal_patch_size", "min_pixels", "max_pixels")
@@ -230,29 +228,22 @@ def patchify(array: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, tu
     Raises:
         ValueError: another shape or dtype.
     """
-    factor = settings.factor
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ValueError(f"expected (H, W, 3) uint8, got {array.shape} {array.dtype}")
     height, width = array.shape[:2]
-    if height % factor or width % factor or not height or not width:
+    if height % settings.factor or width % settings.factor or not height or not width:
         raise ValueError(
-            f"both sides must be positive multiples of {factor}, got {height} x {width}"
+            f"both sides must be positive multiples of {settings.factor}, got {height} x {width}"
         )
-    patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
-    grid = (1, height // patch, width // patch)
-    # Move the bytes first and widen them after: a quarter of the traffic of permuting floats.
-    blocks = array.reshape(height // factor, merge, patch, width // factor, merge, patch, 3)
-    blocks = np.ascontiguousarray(blocks.transpose(6, 0, 3, 1, 4, 2, 5)).reshape(3, -1, patch**2)
-    patches = np.empty((grid[1] * grid[2], 3, frames, patch**2), np.float32)
-    for channel in range(3):
-        # The order of the roundings is that of transformers, so that the values are equal to the
-        # bit.
-        values = blocks[channel].astype(np.float32)
-        values /= np.float32(255)
-        values -= np.float32(settings.image_mean[channel])
-        values /= np.float32(settings.image_std[channel])
-        patches[:, channel] = values[:, None]
-    return patches.reshape(len(patches), -1), grid
+    patches = moca_fast.patchify(
+        torch.from_numpy(np.require(array, requirements="W")),  # torch warns of read-only arrays
+        patch_size=settings.patch_size,
+        merge_size=settings.merge_size,
+        temporal_patch_size=settings.temporal_patch_size,
+        mean=settings.image_mean,
+        std=settings.image_std,
+    )
+    return patches.numpy(), (1, height // settings.patch_size, width // settings.patch_size)
 
 
 def denormalize(
