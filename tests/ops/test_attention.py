@@ -107,18 +107,21 @@ def masks() -> dict[str, SpanMask]:
 
 @pytest.mark.parametrize("name", masks())
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.kernel
 def test_masks(name, backend):
     check(masks()[name], backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.kernel
 def test_dtypes(dtype, backend):
     check(SpanMask.full(cu(33, 1, 17)), dim=40, dtype=dtype, backend=backend)
 
 
 @pytest.mark.parametrize("dim", [16, 24, 80, 128, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 1), (9, 3)])
+@pytest.mark.kernel
 def test_shapes(dim, heads, kv_heads):
     check(SpanMask.full(cu(7, 61)), heads=heads, kv_heads=kv_heads, dim=dim)
 
@@ -130,6 +133,7 @@ def test_softmax_scale():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
+@pytest.mark.kernel
 def test_random_spans(data):
     """Any monotone spans, with another number of keys than of queries."""
     queries = data.draw(st.integers(1, 40))
@@ -162,6 +166,7 @@ def test_single_key_is_exact():
         assert not d_q.any() and not d_k.any()
 
 
+@pytest.mark.kernel
 def test_empty_rows():
     mask = SpanMask.full(cu(3), total=6)
     q, k, v, d_out, _ = make(mask, 2, 1, 16, torch.float32)
@@ -174,6 +179,7 @@ def test_empty_rows():
         assert all(not x[3:].any() and x[:3].any() for x in gradients)
 
 
+@pytest.mark.kernel
 def test_strided_inputs():
     mask = SpanMask.causal(cu(21, 30))
     fused = torch.randn(51, 4, 3, 32)
@@ -208,6 +214,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: attention(*x, mask), inputs)
 
 
+@pytest.mark.kernel
 def test_threads_do_not_change_a_bit():
     mask = SpanMask.full(cu(130, *range(1, 30)))
     inputs = make(mask, 4, 2, 32, torch.float32)

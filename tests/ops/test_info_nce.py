@@ -58,6 +58,7 @@ def ours(target: Tensor | None, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.kernel
 def test_exact(shape, dtype, backend):
     tensors, target = problem(*shape), targets(*shape[:2])
     check(ours(target, backend=backend), plain(target), tensors, dtype)
@@ -66,6 +67,7 @@ def test_exact(shape, dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.kernel
 def test_exact_reductions(reduction, backend):
     tensors, target = problem(20, 30, 2, 16), targets(20, 30)
     op = ours(target, reduction=reduction, backend=backend)
@@ -73,6 +75,7 @@ def test_exact_reductions(reduction, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.kernel
 def test_exact_with_ids(backend):
     tensors, target = problem(60, 90, 2, 16), targets(60, 90)
     ids = torch.randint(12, (90,))
@@ -84,6 +87,7 @@ def test_exact_with_ids(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.kernel
 def test_exact_at_low_temperature(backend):
     query, document, hard, _ = problem(40, 40, 2, 32)
     document = query + 0.1 * document  # targets stand out: the loss is small, scores are large
@@ -97,6 +101,7 @@ def test_exact_at_low_temperature(backend):
     kinds=st.integers(1, 30),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.kernel
 def test_exact_random_shapes(shape, kinds, seed):
     torch.manual_seed(seed)
     tensors, target = problem(*shape), targets(*shape[:2])
@@ -163,6 +168,7 @@ def test_one_gradient_alone(needed, backend):
     assert torch.equal(tensors[needed].grad, whole[needed])
 
 
+@pytest.mark.kernel
 def test_bits_do_not_depend_on_runs_or_threads():
     tensors, target = problem(130, 900, 2, 40), targets(130, 900)
     assert_same_bits_on_threads(ours(target, reduction="none", backend="cpu"), tensors)

@@ -1,4 +1,5 @@
-"""The float64 tests of the ops once more on every instruction set this processor runs."""
+"""The tests marked `kernel` once more on every instruction set this processor runs, with every
+tensor between guard pages."""
 
 import os
 import subprocess
@@ -9,27 +10,27 @@ import pytest
 
 from moca_fast import _C
 
-OPS = ("info_nce", "linear_cross_entropy", "masked_patch_mse", "patchify", "pool")
-ISAS = [name for name in _C.build_info()["cpu_isas"].split(",") if name != _C.cpu_isa()]
+FOLDER = Path(__file__).parent
+ISAS = _C.build_info()["cpu_isas"].split(",")
 
 
 def run_python(isa: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "MOCA_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "MOCA_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
     )
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_exact_on(isa):
+def test_kernels_on(isa):
     probe = run_python(isa, "-c", "from moca_fast import _C; print(_C.cpu_isa())")
     if "does not run" in probe.stderr:
         pytest.skip(f"this processor does not run {isa}")
     assert probe.stdout.strip() == isa, probe.stderr
-    files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
-    picked = "exact and not reference or bits"
-    done = run_python(isa, "-m", "pytest", "-q", "-k", picked, "-p", "no:cacheprovider", *files)
-    assert done.returncode == 0, done.stdout[-3000:]
+    picked = ["-m", "kernel", "-k", "not reference", "-p", "guard_pages", "-p", "no:cacheprovider"]
+    done = run_python(isa, "-m", "pytest", "-q", *picked, str(FOLDER))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_unknown_set_is_refused():

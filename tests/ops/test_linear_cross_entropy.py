@@ -45,6 +45,7 @@ def ours(labels: Tensor, **options):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.kernel
 def test_exact(shape, dtype, backend):
     hidden, weight, bias, labels = problem(*shape)
     for tensors in ((hidden, weight, bias), (hidden, weight)):
@@ -53,6 +54,7 @@ def test_exact(shape, dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.kernel
 def test_exact_reductions(reduction, backend):
     *tensors, labels = problem(90, 24, 77)
     labels[labels == IGNORED] = 5
@@ -66,6 +68,7 @@ def test_exact_reductions(reduction, backend):
     scale=st.sampled_from([0.1, 1.0, 20.0]),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.kernel
 def test_exact_random_shapes(shape, scale, seed):
     torch.manual_seed(seed)
     hidden, weight, bias, labels = problem(*shape)
@@ -131,6 +134,7 @@ def test_one_gradient_alone(needed, backend):
     assert torch.equal(tensors[needed].grad, whole[needed])
 
 
+@pytest.mark.kernel
 def test_bits_do_not_depend_on_runs_or_threads():
     *tensors, labels = problem(130, 40, 900)
     assert_same_bits_on_threads(ours(labels, reduction="none", backend="cpu"), tensors)

@@ -35,6 +35,7 @@ def ours(patches: Tensor, index: Tensor, **options):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.kernel
 def test_exact(shape, dtype, normalize, backend):
     pred, patches, index = problem(*shape)
     patches = patches.to(dtype)
@@ -45,6 +46,7 @@ def test_exact(shape, dtype, normalize, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.kernel
 def test_exact_in_mixed_precision(normalize, backend):
     pred, patches, index = problem(20, 30, 48)
     options = {"normalize": normalize}
@@ -59,6 +61,7 @@ def test_exact_in_mixed_precision(normalize, backend):
     normalize=st.booleans(),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.kernel
 def test_exact_random_shapes(shape, offset, normalize, seed):
     torch.manual_seed(seed)
     pred, patches, index = problem(*shape)
@@ -100,6 +103,7 @@ def test_non_contiguous(backend):
     check(lambda x: op(x.T.contiguous().T), plain(patches, index), [pred], torch.float32)
 
 
+@pytest.mark.kernel
 def test_bits_do_not_depend_on_runs_or_threads():
     pred, patches, index = problem(130, 50, 33)
     assert_same_bits_on_threads(ours(patches, index, normalize=True, backend="cpu"), [pred])

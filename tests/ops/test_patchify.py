@@ -50,6 +50,7 @@ def assert_exact(got: Tensor, exact: np.ndarray, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("colours", [(CLIP_MEAN, CLIP_STD), HALF])
 @pytest.mark.parametrize(("tokens", "sizes"), SHAPES)
+@pytest.mark.kernel
 def test_exact(tokens, sizes, colours, dtype, backend):
     image = noise(tokens, *sizes[:2])
     options = {"mean": colours[0], "std": colours[1], "dtype": dtype, "backend": backend}
@@ -63,6 +64,7 @@ def test_exact(tokens, sizes, colours, dtype, backend):
     sizes=st.tuples(st.integers(1, 17), st.integers(1, 3), st.integers(1, 3)),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.kernel
 def test_exact_random_shapes(tokens, sizes, seed):
     torch.manual_seed(seed)
     image = noise(tokens, *sizes[:2])
@@ -90,6 +92,7 @@ def test_equals_transformers(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.kernel
 def test_any_strides(backend):
     image = noise((3, 2), 14, 2)
     expected = patchify(image)
@@ -105,6 +108,7 @@ def test_any_strides(backend):
     )
 
 
+@pytest.mark.kernel
 def test_bits_do_not_depend_on_runs_or_threads():
     image, threads, results = noise((9, 8), 14, 2), torch.get_num_threads(), []
     try:

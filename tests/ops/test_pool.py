@@ -36,6 +36,7 @@ def ours(lengths: list[int], **options):
 @pytest.mark.parametrize("mode", ["mean", "last"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("lengths", [x for x in LENGTHS if any(x)], ids=str)
+@pytest.mark.kernel
 def test_exact(lengths, normalize, mode, dtype, backend):
     hidden = torch.randn(sum(lengths) + 3, 37)
     options = {"mode": mode, "normalize": normalize}
@@ -48,6 +49,7 @@ def test_exact(lengths, normalize, mode, dtype, backend):
     dim=st.integers(1, 40),
     seed=st.integers(0, 2**31),
 )
+@pytest.mark.kernel
 def test_exact_random_shapes(lengths, dim, seed):
     torch.manual_seed(seed)
     lengths = [*lengths, 3]
@@ -96,6 +98,7 @@ def test_non_contiguous(backend):
     check(strided, plain([3, 5]), [torch.randn(9, 6)], torch.float32)
 
 
+@pytest.mark.kernel
 def test_bits_do_not_depend_on_runs_or_threads():
     assert_same_bits_on_threads(ours([40, 3, 0, 100], backend="cpu"), [torch.randn(150, 33)])
 
