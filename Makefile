@@ -3,6 +3,7 @@
 # make test         the test suite
 # make bench        benchmarks into benchmarks/results/, and docs/performance.md from them
 # make bench-smoke  the same on tiny sizes, into runs/: does everything run?
+# make sanitize     the tests of the native kernels under address and undefined-behaviour sanitizers
 # make lint         ruff, mypy and clang-format
 #
 # DOCS=folder       use a folder of HTML pages instead of the Debian packages
@@ -22,7 +23,7 @@ TORCHVISION := .cache/torchvision
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
 NAME ?= latest
 
-.PHONY: quickstart compare test bench bench-smoke lint clean
+.PHONY: quickstart compare test bench bench-smoke sanitize lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
@@ -41,6 +42,22 @@ bench-smoke: $(VENV)/.test
 	mkdir -p runs
 	$(BENCH) --size tiny --peers --benchmark-json=runs/bench-smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report runs/bench-smoke.json --output=runs/bench-smoke.md
+
+# Python must load the sanitizers' runtimes first, and libstdc++ for them to see exceptions. Torch
+# and Python never free some things, so leaks are not looked for.
+PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
+SANITIZED = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib LD_PRELOAD="$(PRELOAD)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
+sanitize: $(VENV)/.test
+	$(PIP) cmake ninja pybind11
+	$(BIN)/cmake --preset sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build --preset sanitize
+	$(BIN)/python setup.py --quiet build_py --build-lib build/sanitize/lib
+	for isa in $$($(SANITIZED) $(BIN)/python -c "from moca_fast import _C; print(*_C.supported_isas())"); do \
+	  echo "== $$isa"; \
+	  MOCA_CPU_ISA=$$isa $(SANITIZED) $(BIN)/pytest -q -m kernel -k "not reference" tests/ops || exit 1; \
+	done
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

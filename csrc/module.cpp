@@ -29,6 +29,8 @@ const char* isa_name(Isa isa) {
 }
 
 static bool runs_here(Isa isa) {
+  const std::string compiled = "," MOCA_ISA_NAMES ",";
+  if (compiled.find("," + std::string(isa_name(isa)) + ",") == std::string::npos) return false;
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -53,7 +55,8 @@ static Isa choose_isa() {
     if (forced && *forced) {
       if (std::string(forced) != isa_name(isa)) continue;
       if (runs_here(isa)) return isa;
-      throw std::runtime_error(std::string("MOCA_CPU_ISA: this processor does not run ") + forced);
+      throw std::runtime_error(
+          std::string("MOCA_CPU_ISA: not compiled, or this processor does not run ") + forced);
     }
     if (runs_here(isa)) return isa;
   }

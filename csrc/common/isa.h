@@ -13,36 +13,40 @@ const char* isa_name(Isa isa);
 
 }  // namespace moca
 
-#if defined(__x86_64__) || defined(_M_X64)
-#define MOCA_KERNEL(name, Params)                            \
-  namespace moca {                                           \
-  namespace portable {                                       \
-  void name(const Params&);                                  \
-  }                                                          \
-  namespace avx2 {                                           \
-  void name(const Params&);                                  \
-  }                                                          \
-  namespace avx512 {                                         \
-  void name(const Params&);                                  \
-  }                                                          \
-  namespace avx512bf16 {                                     \
-  void name(const Params&);                                  \
-  }                                                          \
-  inline void name(const Params& params) {                   \
-    switch (active_isa()) {                                  \
-      case Isa::avx512bf16: return avx512bf16::name(params); \
-      case Isa::avx512: return avx512::name(params);         \
-      case Isa::avx2: return avx2::name(params);             \
-      default: return portable::name(params);                \
-    }                                                        \
-  }                                                          \
-  }
+// CMake defines MOCA_HAS_<set> for every set that it compiles; portable always is.
+#ifdef MOCA_HAS_avx2
+#define MOCA_IF_AVX2(...) __VA_ARGS__
 #else
-#define MOCA_KERNEL(name, Params)                                    \
-  namespace moca {                                                   \
-  namespace portable {                                               \
-  void name(const Params&);                                          \
-  }                                                                  \
-  inline void name(const Params& params) { portable::name(params); } \
-  }
+#define MOCA_IF_AVX2(...)
 #endif
+#ifdef MOCA_HAS_avx512
+#define MOCA_IF_AVX512(...) __VA_ARGS__
+#else
+#define MOCA_IF_AVX512(...)
+#endif
+#ifdef MOCA_HAS_avx512bf16
+#define MOCA_IF_AVX512BF16(...) __VA_ARGS__
+#else
+#define MOCA_IF_AVX512BF16(...)
+#endif
+
+#define MOCA_KERNEL_OF(isa, name, Params) \
+  namespace isa {                         \
+  void name(const Params&);               \
+  }
+
+#define MOCA_KERNEL(name, Params)                                                 \
+  namespace moca {                                                                \
+  MOCA_KERNEL_OF(portable, name, Params)                                          \
+  MOCA_IF_AVX2(MOCA_KERNEL_OF(avx2, name, Params))                                \
+  MOCA_IF_AVX512(MOCA_KERNEL_OF(avx512, name, Params))                            \
+  MOCA_IF_AVX512BF16(MOCA_KERNEL_OF(avx512bf16, name, Params))                    \
+  inline void name(const Params& params) {                                        \
+    switch (active_isa()) {                                                       \
+      MOCA_IF_AVX512BF16(case Isa::avx512bf16 : return avx512bf16::name(params);) \
+      MOCA_IF_AVX512(case Isa::avx512 : return avx512::name(params);)             \
+      MOCA_IF_AVX2(case Isa::avx2 : return avx2::name(params);)                   \
+      default: return portable::name(params);                                     \
+    }                                                                             \
+  }                                                                               \
+  }
