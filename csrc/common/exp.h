@@ -26,4 +26,18 @@ inline Lanes exp_lanes(Lanes x) {
   return x < -87.33f ? Lanes{} : y;
 }
 
+// The same for weights that are rounded to bfloat16: off by no more than 2^-17 of the value.
+inline Lanes exp_for_bfloat16(Lanes x) {
+  constexpr float kLog2E = 1.44269504088896341f, kLog2 = 0.693147180559945309f;
+  constexpr float kRound = 12582912.0f;
+  const Lanes shifted = x * kLog2E + kRound;
+  const Lanes r = x - (shifted - kRound) * kLog2;
+  Lanes y = r * 0.04127737f + 0.16753601f;  // minimax, with exp(0) = 1
+  y = y * r + 0.50005126f;
+  y = y * (r * r) + r + 1.0f;
+  const IntLanes exponent = (reinterpret_cast<IntLanes>(shifted) - (0x4b400000 - 127)) << 23;
+  y *= reinterpret_cast<Lanes>(exponent);
+  return x < -87.33f ? Lanes{} : y;
+}
+
 }  // namespace moca::MOCA_ISA

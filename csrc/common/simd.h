@@ -49,7 +49,7 @@ class Buffer {
 
 inline Lanes load(const float* from) { return *reinterpret_cast<const LooseLanes*>(from); }
 inline void store(float* to, Lanes x) { *reinterpret_cast<LooseLanes*>(to) = x; }
-inline Lanes broadcast(float x) { return Lanes{} + x; }
+inline Lanes broadcast(float x) { return x - Lanes{}; }  // x + 0 would not be x if x is -0
 
 inline Lanes load(const bfloat16* from) {
   using Half __attribute__((vector_size(sizeof(uint16_t) * kLanes))) = uint16_t;

@@ -1,9 +1,6 @@
 """attention against a float64 oracle that shares no code with it: a loop over queries and heads."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from hypothesis import strategies as st
 from numerics import DTYPES, added_peak_memory, assert_close_to_exact, poisoned_memory
 from torch import Tensor
 
-import moca_fast
 from moca_fast import SpanMask, attention
 
 NAMES = ("out", "lse", "d_q", "d_k", "d_v")
@@ -289,27 +285,6 @@ def test_deterministic_backward():
             for _ in range(2)
         ]
         assert all(map(torch.equal, *runs))
-
-
-OTHER_ISAS = sorted({*moca_fast._C.supported_isas()} - {moca_fast._C.cpu_isa()})
-
-
-@pytest.mark.parametrize("isa", OTHER_ISAS)
-def test_instruction_sets(isa):
-    """Every other compiled set that this processor runs, each in a process of its own."""
-    code = (
-        "from test_attention import *\n"
-        f"assert moca_fast._C.cpu_isa() == {isa!r}\n"
-        "for dtype in DTYPES:\n"
-        "    check(SpanMask.causal(cu(5, 1, 40), total=48), 4, 2, 40, dtype)\n"
-        "check(SpanMask.full(cu(140)), 1, 1, 16)\n"
-    )
-    environment = {**os.environ, "MOCA_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    folder = os.path.dirname(__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_opcheck():

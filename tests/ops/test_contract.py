@@ -122,4 +122,5 @@ def test_functions_are_found():
     assert "select" in dict(python_functions(ROOT / "moca_fast/_dispatch.py"))
     kernel = dict(native_functions(ROOT / "csrc/attention/cpu.cpp"))
     assert kernel["void attention_forward(const AttentionParams& p) {"] > 5
+    kernel = dict(native_functions(ROOT / "csrc/attention/cpu_forward.h"))
     assert any("soften(" in first for first in kernel) and any("void run(" in x for x in kernel)

@@ -1,0 +1,171 @@
+// The forward pass of a query tile: FlashAttention's recurrence (arXiv 2205.14135).
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "attention/cpu_spans.h"
+#include "common/exp.h"
+
+namespace moca::MOCA_ISA {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kColumns = 384;  // keys packed at a time: they and their values stay in cache
+constexpr int64_t kHeads = 4;      // query heads that share one packing of keys
+
+// exp(x) of weights that become words.
+template <typename Word>
+inline Lanes weight_of(Lanes x) {
+  return kPerWord<Word> == 2 ? exp_for_bfloat16(x) : exp_lanes(x);
+}
+
+template <typename T>
+void store_row(const float* from, float factor, int64_t dim, T* to) {
+#pragma omp simd
+  for (int64_t d = 0; d < dim; ++d) to[d] = from_float<T>(from[d] * factor);
+}
+
+// Working memory of a thread in the forward pass, for up to `rows` rows and `heads` heads.
+template <typename Word>
+struct ForwardMemory {
+  ForwardMemory(int64_t rows, int64_t heads, int64_t width)
+      : keys(kColumns * width),
+        values(kColumns * width),
+        queries((heads * rows + kRows) * kPitch),
+        scores(kRows * kPitch),
+        sums(heads * rows * width),
+        totals(heads * rows * kLanes),
+        peaks(heads * rows) {}
+  Word* queries_at(int64_t row) const {
+    return reinterpret_cast<Word*>(queries.get() + row * kPitch);
+  }
+  Word* packed_keys() const { return reinterpret_cast<Word*>(keys.get()); }
+  Word* packed_values() const { return reinterpret_cast<Word*>(values.get()); }
+  Buffer keys, values, queries, scores;
+  Buffer sums, totals, peaks;  // of each row: sum of weight * value, of weights, largest score
+};
+
+template <typename T>
+class Forward {
+ public:
+  using Word = WordOf<T>;
+  using Memory = ForwardMemory<Word>;
+
+  explicit Forward(const AttentionParams& params)
+      : p(params), width(round_up(p.dim, kPanel)), depth(p.dim / kPerWord<Word>) {}
+
+  // Heads [first_head, last_head), which share a key head, of the queries of a tile.
+  void run(const Tile& tile, int64_t first_head, int64_t last_head, Memory& m) const {
+    const int64_t kv_head = first_head / (p.heads / p.kv_heads);
+    for_each_document(p.queries, tile.row_begin, tile.row_end, [&](const Slice& slice) {
+      const Head<T> v(p.v, p.v_strides, kv_head, slice.key_begin, slice.key_end);
+      if (!is_masked(p.queries, slice) || all_finite(v, p.dim))
+        return run_slice(slice, first_head, last_head, m);
+      for (int64_t i = slice.begin; i < slice.end; ++i)
+        run_slice({i, i + 1, slice.key_begin, p.queries.end[i]}, first_head, last_head, m);
+    });
+  }
+
+  const AttentionParams& p;
+  const int64_t width, depth;
+
+ private:
+  void run_slice(const Slice& slice, int64_t first_head, int64_t last_head, Memory& m) const {
+    const int64_t rows = slice.end - slice.begin, heads = last_head - first_head;
+    const int64_t kv_head = first_head / (p.heads / p.kv_heads);
+    const int64_t seen_begin = p.queries.start[slice.begin], seen_end = slice.key_end;
+    const Head<T> k(p.k, p.k_strides, kv_head, seen_begin, seen_end);
+    const Head<T> v(p.v, p.v_strides, kv_head, seen_begin, seen_end);
+    for (int64_t h = 0; h < heads; ++h)
+      pack_left(Head<T>(p.q, p.q_strides, first_head + h, slice.begin, slice.end), slice.begin,
+                slice.end, p.dim, m.queries_at(h * rows));
+    std::fill_n(m.sums.get(), heads * rows * width, 0.0f);
+    std::fill_n(m.totals.get(), heads * rows * kLanes, 0.0f);
+    std::fill_n(m.peaks.get(), heads * rows, -kInfinity);
+    for (int64_t begin = slice.key_begin; begin < slice.key_end; begin += kColumns) {
+      const int64_t end = std::min(begin + kColumns, slice.key_end);
+      pack_dims(k, begin, end, p.dim, m.packed_keys());
+      pack_tokens(v, begin, end, p.dim, m.packed_values());
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t row = slice.begin; row < slice.end; row += kRows)
+          add_block(m, row, std::min<int64_t>(kRows, slice.end - row), h * rows + row - slice.begin,
+                    begin, end);
+    }
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = slice.begin; i < slice.end; ++i)
+        finish_row(m, h * rows + i - slice.begin, i, first_head + h);
+  }
+
+  // Folds keys [begin, end), which are packed, into the sums of `count` rows from `first`, which
+  // are rows `at` .. of the thread's memory.
+  void add_block(Memory& m, int64_t first, int64_t count, int64_t at, int64_t begin,
+                 int64_t end) const {
+    const Columns columns = visible_columns(p.queries, first, first + count - 1, begin, end);
+    if (columns.begin >= columns.end) return;
+    float* scores = m.scores.get();
+    multiply<Left::rows>(count, columns.vectors(), depth,
+                         Product<Word>{m.queries_at(at), m.packed_keys() + columns.begin * depth,
+                                       kPanel * depth, scores, kPitch, p.softmax_scale},
+                         false);
+    const int64_t size = columns.end - columns.begin;
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = scores + r * kPitch;
+      mask_row(row, p.queries.start[first + r] - begin - columns.begin,
+               p.queries.end[first + r] - begin - columns.begin, size, -kInfinity);
+      soften(row, size, m, at + r);
+    }
+    const int64_t words = ceil_div(size, kPerWord<Word>), skip = columns.begin / kPerWord<Word>;
+    multiply<Left::rows>(
+        count, ceil_div(p.dim, kLanes), words,
+        Product<Word>{reinterpret_cast<const Word*>(scores), m.packed_values() + skip * kPanel,
+                      ceil_div(end - begin, kPerWord<Word>) * kPanel, m.sums.get() + at * width,
+                      width},
+        true);
+  }
+
+  // Online softmax. Scores of a row become weights exp(score - peak), in words; what was summed
+  // under a lower peak shrinks.
+  void soften(float* scores, int64_t size, Memory& m, int64_t at) const {
+    Lanes top = broadcast(-kInfinity);
+    for (int64_t j = 0; j < size; j += kLanes) {
+      const Lanes x = load(scores + j);
+      top = x > top ? x : top;
+    }
+    float& peak = m.peaks.get()[at];
+    float* total = m.totals.get() + at * kLanes;
+    const float new_peak = std::max(peak, largest(top));
+    const float shift = new_peak == -kInfinity ? 0.0f : new_peak;  // only -inf, or NaN, so far
+    Lanes sum = {};
+    Word* words = reinterpret_cast<Word*>(scores);
+    for (int64_t j = 0; j < size; j += kLanes * kPerWord<Word>) {
+      const Lanes weight = weight_of<Word>(load(scores + j) - shift);
+      sum += weight;
+      if constexpr (kPerWord<Word> == 1) {
+        store_words(words + j, weight);
+      } else {
+        const Lanes next = weight_of<Word>(load(scores + j + kLanes) - shift);
+        sum += next;
+        store_words(words + j / 2, neighbours<Word>(weight, next));
+      }
+    }
+    const float shrink = peak == -kInfinity ? 1.0f : std::exp(peak - shift);
+    peak = new_peak;
+    store(total, load(total) * shrink + sum);
+    if (shrink == 1.0f) return;
+    float* sums = m.sums.get() + at * width;
+    for (int64_t d = 0; d < p.dim; d += kLanes) store(sums + d, load(sums + d) * shrink);
+  }
+
+  void finish_row(const Memory& m, int64_t at, int64_t i, int64_t h) const {
+    const bool empty = p.queries.start[i] == p.queries.end[i];
+    const float total = sum_of(load(m.totals.get() + at * kLanes));
+    store_row(m.sums.get() + at * width, empty ? 1.0f : 1.0f / total, p.dim,
+              static_cast<T*>(p.out) + (i * p.heads + h) * p.dim);
+    const double lse = m.peaks.get()[at] + std::log(static_cast<double>(total));
+    p.lse[i * p.heads + h] = empty ? -kInfinity : static_cast<float>(lse);
+    p.lse_rest[i * p.heads + h] = empty ? 0.0f : static_cast<float>(lse - static_cast<float>(lse));
+  }
+};
+
+}  // namespace moca::MOCA_ISA

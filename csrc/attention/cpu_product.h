@@ -1,0 +1,164 @@
+// Products of small matrices out of packed operands, the building block of attention.
+//
+// The left operand keeps its rows, kPitch words apart. The right operand is packed into panels of
+// kPanel columns, each panel stored depth-major: word k of column j of a panel is panel[k * kPanel
+// + j]. Depth runs over words (common/words.h): along D for scores, along tokens for sums over
+// tokens. The sums of a register tile of kRows x kPanel stay in registers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "attention/attention.h"
+#include "common/words.h"
+
+namespace moca::MOCA_ISA {
+
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // sums fill 24 of 32 registers, or 12 of 16
+constexpr int kPanel = 2 * kLanes;
+constexpr int64_t kPitch = 384 + 16;  // words; holds kColumns or D, and is no power of two
+constexpr int64_t kMaxDim = 256;
+constexpr int64_t kChain = 32;  // longest plain sum of floats: longer ones lose digits
+
+template <typename Word>
+constexpr int64_t kLongest = kPerWord<Word> == 1 ? kChain : INT64_MAX / 2;
+
+// How the left operand lies: row r of word k at a[r * kPitch + k], or at a[k * kPitch + r].
+enum class Left { rows, columns };
+
+// c = factor * a . b, or c += a . b. Rows of c are c_pitch floats apart, panels of b b_pitch words.
+template <typename Word>
+struct Product {
+  const Word* a;
+  const Word* b;
+  int64_t b_pitch;
+  float* c;
+  int64_t c_pitch;
+  float factor = 1.0f;
+};
+
+// One register tile of R rows (of which the first `rows` are wanted) and N vectors.
+template <int R, int N, Left kLeft, typename Word>
+inline void multiply_tile(int64_t rows, int64_t depth, const Product<Word>& x, bool accumulate) {
+  const Word *a = x.a, *b = x.b;
+  for (int64_t begin = 0; begin < depth; begin += kLongest<Word>) {
+    const int64_t end = std::min(begin + kLongest<Word>, depth);
+    Lanes sum[R][N] = {};
+    for (int64_t k = begin; k < end; ++k, b += kPanel) {
+      Lanes right[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) right[n] = load_words(b + n * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Lanes left = broadcast_word(kLeft == Left::rows ? a[r * kPitch] : a[r]);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[r][n] = multiply_add<Word>(sum[r][n], left, right[n]);
+      }
+      a += kLeft == Left::rows ? 1 : kPitch;
+    }
+    const float factor = end == depth ? x.factor : 1.0f;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      if (r >= rows) break;
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) {
+        float* to = x.c + r * x.c_pitch + n * kLanes;
+        store(to, (accumulate || begin > 0 ? load(to) + sum[r][n] : sum[r][n]) * factor);
+      }
+    }
+  }
+}
+
+// The product for up to kRows rows and any number of vectors of columns.
+template <Left kLeft, typename Word>
+inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Word> x,
+                     bool accumulate) {
+  constexpr int kThird = kRows / 3;
+  const auto tiles = [&](auto height) {
+    constexpr int R = decltype(height)::value;
+    for (int64_t left = vectors; left > 0; left -= 2, x.b += x.b_pitch, x.c += kPanel)
+      if (left > 1)
+        multiply_tile<R, 2, kLeft>(rows, depth, x, accumulate);
+      else
+        multiply_tile<R, 1, kLeft>(rows, depth, x, accumulate);
+  };
+  if (rows > 2 * kThird)
+    tiles(std::integral_constant<int, kRows>());
+  else if (rows > kThird)
+    tiles(std::integral_constant<int, 2 * kThird>());
+  else
+    tiles(std::integral_constant<int, kThird>());
+}
+
+// kLanes columns of a, each times the same column of b, summed as a product would.
+template <typename Word>
+inline Lanes dot_columns(int64_t depth, const Word* a, const Word* b) {
+  Lanes total = {};
+  for (int64_t begin = 0; begin < depth; begin += kLongest<Word>) {
+    Lanes sum = {};
+    for (int64_t k = begin; k < std::min(begin + kLongest<Word>, depth); ++k)
+      sum = multiply_add<Word>(sum, load_words(a + k * kPanel), load_words(b + k * kPanel));
+    total += sum;
+  }
+  return total;
+}
+
+// One (tokens, D) head of a packed tensor. Tokens outside [begin, end) read as zeros.
+template <typename T>
+struct Head {
+  Head(const void* base, Strides strides, int64_t head, int64_t begin, int64_t end)
+      : data(static_cast<const T*>(base) + head * strides.head),
+        stride(strides.token),
+        begin(begin),
+        end(end) {}
+  const T* operator[](int64_t token) const {
+    static const T kZeros[kMaxDim] = {};
+    return token >= begin && token < end ? data + token * stride : kZeros;
+  }
+  const T* data;
+  int64_t stride, begin, end;
+};
+
+// Tokens [begin, end) as rows of a left operand, with depth along D.
+template <typename Word, typename T>
+void pack_left(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Word* to) {
+  constexpr int64_t kStep = kLanes * kPerWord<Word>;
+  for (int64_t i = begin; i < end; ++i, to += kPitch)
+    for (int64_t d = 0; d < dim; d += kStep)
+      store_words(to + d / kPerWord<Word>, words_of<Word>(head[i] + d, dim - d));
+}
+
+// Tokens [begin, end) as columns of a right operand, with depth along D; whole panels are filled.
+template <typename Word, typename T>
+void pack_dims(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Word* to) {
+  constexpr int64_t kStep = kLanes * kPerWord<Word>;
+  const int64_t depth = dim / kPerWord<Word>;
+  for (int64_t i = begin; i < end; i += kPanel, to += depth * kPanel)
+    for (int part = 0; part < kPanel; part += kLanes)
+      for (int64_t d = 0; d < dim; d += kStep) {
+        Lanes x[kLanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) x[r] = words_of<Word>(head[i + part + r] + d, dim - d);
+        transpose(x);
+        const int64_t first = d / kPerWord<Word>;
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r)
+          if (first + r < depth) store_words(to + (first + r) * kPanel + part, x[r]);
+      }
+}
+
+// Tokens [begin, end) as depth of a right operand whose columns run over D; whole words are filled.
+template <typename Word, typename T>
+void pack_tokens(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Word* to) {
+  const int64_t pitch = ceil_div(end - begin, kPerWord<Word>) * kPanel;
+  for (int64_t i = begin; i < end; i += kPerWord<Word>, to += kPanel)
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Word* at = to + d / kPanel * pitch + d % kPanel;
+      if constexpr (kPerWord<Word> == 1)
+        store_words(at, words_of<Word>(head[i] + d, dim - d));
+      else
+        store_words(at, interleave<Word>(head[i] + d, head[i + 1] + d, dim - d));
+    }
+}
+
+}  // namespace moca::MOCA_ISA
