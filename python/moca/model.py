@@ -326,9 +326,9 @@ def build_model(
 
     Args:
         config: for example of `tiny_config`.
-        branch_scale: the matrices that write into the residual stream start smaller by this
-            factor. The states then are nearly the embeddings of their tokens, so that texts with
-            words in common are alike before any training.
+        branch_scale: the matrices that write into the residual stream of the text tower start
+            smaller by this factor. The states of a text then are nearly the embeddings of its
+            tokens, so that texts with words in common are alike before any training.
         tokenizer, image_settings, kwargs: as for `MocaModel`.
     """
     parts: tuple[Any, ...] = (config, config.get_text_config(), config.vision_config)
@@ -338,8 +338,8 @@ def build_model(
         torch.manual_seed(seed)
         vlm = AutoModelForImageTextToText.from_config(config, attn_implementation=NAME)
     with torch.no_grad():
-        for layer in (*vlm.model.language_model.layers, *vlm.model.visual.blocks):
-            for branch in _branches(layer):
+        for layer in vlm.model.language_model.layers:
+            for branch in (layer.self_attn, layer.mlp):
                 [*_, output] = [m for m in branch.modules() if isinstance(m, nn.Linear)]
                 output.weight.mul_(branch_scale)
     return MocaModel(vlm.eval(), tokenizer, image_settings, **kwargs)
@@ -354,11 +354,6 @@ _CONFIG_TOKENS = (
     "vision_start",
     "vision_end",
 )
-
-
-def _branches(layer: nn.Module) -> list[nn.Module]:
-    """The attention and the feed-forward block of a layer; each ends in its output matrix."""
-    return [module for name, module in layer.named_children() if "attn" in name or name == "mlp"]
 
 
 def _feed_forward(hidden: int) -> int:

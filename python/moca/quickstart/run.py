@@ -45,7 +45,7 @@ from moca.saving import build_tokenizer
 # The miniature: small enough for two cores, large enough to learn from 50,000 pictures and names.
 IMAGES = ImageSettings(patch_size=8, merge_size=2, min_pixels=4 * 16**2, max_pixels=20 * 16**2)
 VOCABULARY = 8192
-CPT_STEPS, CONTRAST_STEPS = 50, 750
+CPT_STEPS, CONTRAST_STEPS = 50, 800
 CPT_COST = 8192  # of a batch of stage 1
 TRAINING: dict[str, Any] = {
     "optimizer": "muon",
