@@ -13,7 +13,7 @@ from moca_fast.span_mask import SpanMask
 
 OP = "attention"
 MIN_DIM, MAX_DIM, DIM_STEP = 16, 256, 8
-TILE_ROWS = 96  # rows of a query tile: eight register blocks of the AVX-512 kernels
+TILE_ROWS = 256  # rows of a query tile, for which the CPU kernels pack its keys once
 
 
 def attention(
