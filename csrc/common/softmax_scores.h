@@ -212,7 +212,7 @@ class SoftmaxBackward {
         w_columns(g.d_x ? words<Word>(width) * round_up(s.dim, kTileCols) : 0),
         x_columns(g.d_w ? words<Word>(region) * round_up(s.dim, kTileCols) : 0),
         scratch(std::max(s.threads, 1) * scratch_size),
-        d_scores(region * kPitch<T>),
+        d_scores(words<Word>(region * kPitch<T>)),
         tiles(std::max(s.threads, 1) * kBlock * kPitch<T>),
         d_w(g.d_w && !kInPlace ? width * s.dim : 0),
         d_bias(g.d_bias ? width : 0) {}

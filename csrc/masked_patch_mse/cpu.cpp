@@ -22,12 +22,14 @@ struct Standardize {
   Lanes operator()(Lanes value) const { return (value - mean) * scale + shift; }
 };
 
-// Calls body(i, count, lanes of each row at i) along rows of `size`; `count` lanes exist.
+// Calls body(i, count, lanes of each row at i) along rows of `size`; `count` lanes exist. In one
+// place, so that the compiler puts the body there and keeps its sums in registers.
 template <typename Body, typename... T>
 void along(int64_t size, Body&& body, const T*... row) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) body(i, kLanes, load(row + i)...);
-  if (i < size) body(i, size - i, load_some(row + i, size - i)...);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, size - i);
+    body(i, count, count == kLanes ? load(row + i) : load_some(row + i, count)...);
+  }
 }
 
 // Brings one target patch to mean 0 and unbiased variance 1, epsilon aside. Two passes, so that a
@@ -53,7 +55,7 @@ Standardize standardize(const Target* target, int64_t size) {
 template <typename T>
 void prefetch_row(const T* row, int64_t size) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(row + i);
+  for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(row + i, 0, 2);
 }
 
 // The row of patches that prediction m stands for.

@@ -47,15 +47,17 @@ void check_boundaries(const PoolParams& p) {
 template <typename T>
 void mean(const PoolParams& p, int64_t document, int64_t begin, int64_t end) {
   const Span span = members(p, document);
-  std::vector<double> sum(end - begin);
+  const T* hidden = static_cast<const T*>(p.hidden) + begin;
+  const int64_t dims = end - begin;
+  std::vector<double> sum(dims);
   for (int64_t t = span.start; t < span.end; ++t) {
-    const T* row = static_cast<const T*>(p.hidden) + t * p.dim + begin;
+    const T* row = hidden + t * p.dim;
 #pragma omp simd
-    for (int64_t d = 0; d < end - begin; ++d) sum[d] += to_float(row[d]);
+    for (int64_t d = 0; d < dims; ++d) sum[d] += to_float(row[d]);
   }
   const double count = static_cast<double>(std::max<int64_t>(span.end - span.start, 1));
-  float* to = p.pooled + document * p.dim;
-  for (int64_t d = begin; d < end; ++d) to[d] = static_cast<float>(sum[d - begin] / count);
+  float* to = p.pooled + document * p.dim + begin;
+  for (int64_t d = 0; d < dims; ++d) to[d] = static_cast<float>(sum[d] / count);
 }
 
 void normalize(const PoolParams& p, int64_t document) {
