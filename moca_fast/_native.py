@@ -1,4 +1,6 @@
-"""What every `cpu.py` shares: the compiled module, dtype codes and common refusals."""
+"""What every `cpu.py` shares: dtype codes, addresses and common refusals."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,16 @@ DTYPES = {
     torch.bfloat16: _C.DType.bfloat16,
     torch.float16: _C.DType.float16,
 }
+
+
+def contiguous(tensor: Tensor | None) -> Any:
+    """The tensor (or None) with its elements one after another, as kernels read them."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where its first element lies; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def unsupported_tensors(*tensors: Tensor | None) -> str | None:

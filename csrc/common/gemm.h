@@ -1,23 +1,29 @@
-// Products of small float32 matrices out of packed panels, the building block of the losses.
+// Products of small matrices out of packed panels, the building block of the losses.
 //
-// An operand is packed into panels as wide as the register tile, stored depth-major: element
-// (i, k) of a panel of width W lies at k * W + i, padded with zeros to full width. The tile is
-// kTileRows x kTileCols; its sums stay in registers for kDepth steps. Sums run in a fixed order
-// that depends on neither blocking nor threads, as long as depth is cut at multiples of kDepth.
+// An operand is packed into panels as wide as the register tile, stored depth-major: word k
+// (common/words.h) of element i of a panel of width W lies at k * W + i, padded with zeros to full
+// width and whole words. The tile is kTileRows x kTileCols; its float32 sums stay in registers for
+// kDepth words. Sums run in a fixed order that depends on neither blocking nor threads, as long as
+// depth is cut at multiples of kDepth words.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "common/simd.h"
+#include "common/words.h"
 
 namespace moca::MOCA_ISA {
 
 // Sums fill 24 of 32 registers with AVX-512, 12 of 16 with AVX2.
 constexpr int kTileRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
 constexpr int kTileCols = 2 * kLanes;
-constexpr int64_t kDepth = 256;  // a panel of this depth and kTileCols fits the first cache
+constexpr int64_t kDepth = 192;  // panels of both operands of this depth fit the first cache
+
+template <typename Word>
+int64_t words(int64_t depth) {
+  return ceil_div(depth, kPerWord<Word>);
+}
 
 // Rows of a matrix, taken in order or through an index.
 template <typename T>
@@ -28,54 +34,93 @@ struct Rows {
   const T* operator[](int64_t i) const { return data + (index ? index[i] : i) * stride; }
 };
 
+// Writes the first W lanes. More may be written where the panel goes on: panels are written in
+// order.
+template <int W, typename Word>
+void store_step(Word* to, Lanes x, bool last) {
+  if (W == kLanes || !last)
+    store_words(to, x);
+  else
+    std::memcpy(to, &x, W * sizeof(Word));
+}
+
 // `count` rows from `first` become panels whose width runs over rows and whose depth is `depth`.
-template <int W, typename T>
-void pack_rows(const Rows<T>& source, int64_t first, int64_t count, int64_t depth, float* out) {
+template <int W, typename Word, typename T>
+void pack_rows(const Rows<T>& source, int64_t first, int64_t count, int64_t depth, Word* out) {
   constexpr int kWidth = std::min(W, kLanes);
+  constexpr int64_t kSquare = kLanes * kPerWord<Word>;
   static_assert(W % kWidth == 0, "a panel is whole vectors wide, or narrower than one");
-  for (int64_t start = 0; start < count; start += W, out += W * depth)
+  const int64_t steps = words<Word>(depth);
+  for (int64_t start = 0; start < count; start += W, out += W * steps)
     for (int part = 0; part < W; part += kWidth) {
       const int64_t rows = std::clamp<int64_t>(count - start - part, 0, kWidth);
-      for (int64_t k = 0; k < depth; k += kLanes) {
-        const int64_t steps = std::min<int64_t>(kLanes, depth - k);
+      for (int64_t k = 0; k < depth; k += kSquare) {
         Lanes square[kLanes] = {};
-        for (int64_t i = 0; i < rows; ++i) {
-          const T* from = source[first + start + part + i] + k;
-          square[i] = steps == kLanes ? load(from) : load_some(from, steps);
-        }
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kWidth; ++i)
+          if (i < rows) square[i] = words_of<Word>(source[first + start + part + i] + k, depth - k);
         transpose(square);
-        for (int64_t step = 0; step < steps; ++step)
-          std::memcpy(out + (k + step) * W + part, &square[step], kWidth * sizeof(float));
+        const int64_t begin = k / kPerWord<Word>, some = std::min<int64_t>(kLanes, steps - begin);
+#pragma GCC unroll 16
+        for (int64_t step = 0; step < kLanes; ++step)
+          if (step < some)
+            store_step<kWidth>(out + (begin + step) * W + part, square[step],
+                               begin + step + 1 == steps);
       }
     }
 }
 
-// `count` rows from `first` become steps `offset` .. of panels of total depth `depth`, whose width
-// runs over the `size` columns.
-template <int W, typename T>
+// kLanes words, each made of the elements of one column in the rows `first` and (for pairs)
+// `second`, which may be null for zeros; `count` columns are left.
+template <typename Word, typename T>
+Lanes words_down(const T* first, const T* second, int64_t count) {
+  if constexpr (kPerWord<Word> == 1) {
+    return words_of<Word>(first, count);
+  } else {
+    const T zeros[kLanes] = {};
+    return interleave<Word>(first, second ? second : zeros, count);
+  }
+}
+
+// `count` rows from `first` become the depth from `offset` (in whole words) on of panels of total
+// depth `depth`, whose width runs over the `size` columns.
+template <int W, typename Word, typename T>
 void pack_columns(const Rows<T>& source, int64_t first, int64_t count, int64_t size, int64_t depth,
-                  int64_t offset, float* out) {
-  for (int64_t k = 0; k < count; ++k) {
+                  int64_t offset, Word* out) {
+  constexpr int kWidth = std::min(W, kLanes);
+  const int64_t panel = W * words<Word>(depth);
+  Word* to = out + offset / kPerWord<Word> * W;
+  for (int64_t k = 0; k < count; k += kPerWord<Word>, to += W) {
     const T* row = source[first + k];
-    float* to = out + (offset + k) * W;
-    int64_t start = 0;
-    for (; start + W <= size; start += W, to += W * depth)
-      for (int i = 0; i < W; ++i) to[i] = to_float(row[start + i]);
-    if (start < size)
-      for (int i = 0; i < W; ++i) to[i] = start + i < size ? to_float(row[start + i]) : 0.0f;
+    const T* next = k + 1 < count && kPerWord<Word> == 2 ? source[first + k + 1] : nullptr;
+    Word* at = to;
+    for (int64_t start = 0; start < size; start += W, at += panel)
+      for (int part = 0; part < W; part += kWidth) {
+        const int64_t column = start + part, left = std::max<int64_t>(size - column, 0);
+        const Lanes x =
+            left > 0 ? words_down<Word>(row + column, next ? next + column : next, left) : Lanes{};
+        store_step<kWidth>(at + part, x, k + kPerWord<Word> >= count);
+      }
   }
 }
 
 // One register tile: sums of a[k][i] * b[k][j] into (or onto) rows x cols of c.
-inline void multiply_tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride,
+template <typename Word>
+inline void multiply_tile(int64_t steps, const Word* a, const Word* b, float* c, int64_t stride,
                           int64_t rows, int64_t cols, bool accumulate) {
+  if (accumulate)  // c is needed last, and comes from far
+    for (int64_t i = 0; i < rows; ++i) {
+      __builtin_prefetch(c + i * stride, 1);
+      __builtin_prefetch(c + i * stride + kLanes, 1);
+    }
   Lanes sum[kTileRows][2] = {};
-  for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kTileCols) {
-    const Lanes left = load(b), right = load(b + kLanes);
+  for (int64_t k = 0; k < steps; ++k, a += kTileRows, b += kTileCols) {
+    const Lanes left = load_words(b), right = load_words(b + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      sum[i][0] += a[i] * left;
-      sum[i][1] += a[i] * right;
+      const Lanes factor = broadcast_word(a[i]);
+      sum[i][0] = multiply_add<Word>(sum[i][0], factor, left);
+      sum[i][1] = multiply_add<Word>(sum[i][1], factor, right);
     }
   }
   if (rows == kTileRows && cols == kTileCols) {
@@ -99,13 +144,15 @@ inline void multiply_tile(int64_t depth, const float* a, const float* b, float* 
 
 // c (rows, cols), rows `stride` apart, = or += a . b over `depth`; a is packed in panels of
 // kTileRows, b in panels of kTileCols.
-inline void multiply(int64_t rows, int64_t cols, int64_t depth, const float* a, const float* b,
-                     float* c, int64_t stride, bool accumulate) {
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t steps = std::min(kDepth, depth - k);
+template <typename Word>
+void multiply(int64_t rows, int64_t cols, int64_t depth, const Word* a, const Word* b, float* c,
+              int64_t stride, bool accumulate) {
+  const int64_t total = words<Word>(depth);
+  for (int64_t k = 0; k < total; k += kDepth) {
+    const int64_t steps = std::min(kDepth, total - k);
     for (int64_t j = 0; j < cols; j += kTileCols)
       for (int64_t i = 0; i < rows; i += kTileRows)
-        multiply_tile(steps, a + i * depth + k * kTileRows, b + j * depth + k * kTileCols,
+        multiply_tile(steps, a + i * total + k * kTileRows, b + j * total + k * kTileCols,
                       c + i * stride + j, stride, std::min<int64_t>(kTileRows, rows - i),
                       std::min<int64_t>(kTileCols, cols - j), accumulate || k > 0);
   }

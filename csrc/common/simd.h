@@ -81,6 +81,41 @@ Lanes load_some(const T* from, int64_t count) {
   return load(padded);
 }
 
+// The first `count` lanes (kLanes or fewer), then zeros.
+inline Lanes keep(Lanes x, int64_t count) {
+  IntLanes lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(count) ? x : Lanes{};
+}
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+inline void store(bfloat16* to, Lanes x) {
+  using Half __attribute__((vector_size(sizeof(uint16_t) * kLanes))) = uint16_t;
+  const IntLanes bits = reinterpret_cast<IntLanes>(x);
+  const IntLanes rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Half half = __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, Half);
+  std::memcpy(to, &half, sizeof half);
+}
+
+inline void store(float16* to, Lanes x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(x), 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = from_float<float16>(x[i]);
+#endif
+}
+
+// The first `count` lanes (fewer than kLanes).
+template <typename T>
+void store_some(T* to, Lanes x, int64_t count) {
+  T padded[kLanes];
+  store(padded, x);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+
 namespace detail {
 
 // Lanes by index out of a (0 to kLanes - 1) and b (from kLanes on).

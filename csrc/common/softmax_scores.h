@@ -4,23 +4,31 @@
 // Forward: for a chunk of columns (packed once) every block of rows makes its tile of scores and
 // folds it into the running peak and sum of its rows. Backward: tiles are made again, turned into
 // gradients of the scores, kept for one chunk x region at a time, and multiplied with w and x.
+// Where the processor multiplies bfloat16, gradients of bfloat16 scores are rounded to it first, as
+// plain torch does; scores, probabilities and all sums are float32.
 // Every output element is summed by one task in a fixed order, whatever the number of threads.
 #pragma once
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "common/exp.h"
 #include "common/gemm.h"
+#include "common/pages.h"
 #include "common/parallel.h"
 
 namespace moca::MOCA_ISA {
 
-constexpr int64_t kBlock = 48;      // rows (or columns) of one task
-constexpr int64_t kChunk = 768;     // columns whose panels are packed together
-constexpr int64_t kDimBlock = 512;  // dims of one task of the gradient of w
-static_assert(kChunk % kDepth == 0, "sums are cut at the same places whatever the region");
+constexpr int64_t kBlock = 48;       // rows (or columns) of one task
+constexpr int64_t kDimBlock = 1024;  // dims of one task of the gradient of w
+
+// Columns whose panels are packed together; sums are cut at the same places whatever the region.
+template <typename T>
+constexpr int64_t kChunk = 2 * kDepth * kPerWord<WordOf<T>>;
+template <typename T>
+constexpr int64_t kPitch = kChunk<T> + kLanes;  // from row to row of a tile: no power of two
 
 // score(i, j) = (x[i] . w[j] + bias[j]) / divisor, or -inf where the ids of row and column agree
 // and j is not the row's target. Row i of the problem is row index[i] of x and of all row arrays.
@@ -66,16 +74,25 @@ inline void fold(RowStats& stats, const float* scores, int64_t cols) {
   stats.peak = peak;
 }
 
+// What one kernel packs and where it keeps it.
+template <typename T>
+struct Panels {
+  using Word = WordOf<T>;
+  explicit Panels(int64_t size) : buffer(size) {}
+  Word* operator+(int64_t offset) const { return reinterpret_cast<Word*>(buffer.get()) + offset; }
+  Buffer buffer;
+};
+
 // The tile of scores of `rows` rows from `first` and `cols` columns from `chunk`; the columns
-// that fill up the last vector are masked.
+// that fill up the last panel are masked.
 template <typename T>
 void score_tile(const Scores<T>& s, int64_t first, int64_t rows, int64_t chunk, int64_t cols,
-                const float* w_panels, float* x_panels, float* tile, int64_t stride) {
+                const WordOf<T>* w_panels, WordOf<T>* x_panels, float* tile) {
   pack_rows<kTileRows>(Rows<T>{s.x, s.dim, s.index}, first, rows, s.dim, x_panels);
-  multiply(rows, cols, s.dim, x_panels, w_panels, tile, stride, false);
+  multiply(rows, cols, s.dim, x_panels, w_panels, tile, kPitch<T>, false);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = s.source(first + i);
-    float* scores = tile + i * stride;
+    float* scores = tile + i * kPitch<T>;
     if (s.bias)
       for (int64_t j = 0; j < cols; ++j) scores[j] += to_float(s.bias[chunk + j]);
     if (s.divisor != 1.0f)
@@ -85,33 +102,33 @@ void score_tile(const Scores<T>& s, int64_t first, int64_t rows, int64_t chunk, 
       for (int64_t j = 0; j < cols; ++j)
         scores[j] = s.col_ids[chunk + j] == id && j != own ? kMasked : scores[j];
     }
-    std::fill(scores + cols, scores + round_up(cols, kLanes), kMasked);
+    std::fill(scores + cols, scores + round_up(cols, kTileCols), kMasked);
   }
 }
 
 template <typename T>
 void softmax_forward(const Scores<T>& s, std::vector<RowStats>& stats) {
-  const int64_t width = std::min(kChunk, s.cols), blocks = ceil_div(s.rows, kBlock);
-  const int64_t stride = round_up(width, kLanes) + kLanes;
+  const int64_t blocks = ceil_div(s.rows, kBlock), depth = words<WordOf<T>>(s.dim);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(s.threads, 1), blocks));
-  Buffer w_panels(round_up(width, kTileCols) * s.dim);
-  Buffer x_panels(threads * kBlock * s.dim), tiles(threads * kBlock * stride);
-  for (int64_t chunk = 0; chunk < s.cols && s.rows > 0; chunk += kChunk) {
-    const int64_t cols = std::min(kChunk, s.cols - chunk);
+  const Panels<T> w_panels(round_up(std::min(kChunk<T>, s.cols), kTileCols) * depth);
+  const Panels<T> x_panels(threads * kBlock * depth);
+  const Buffer tiles(threads * kBlock * kPitch<T>);
+  for (int64_t chunk = 0; chunk < s.cols && s.rows > 0; chunk += kChunk<T>) {
+    const int64_t cols = std::min(kChunk<T>, s.cols - chunk);
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
       const int64_t j = panel * kTileCols;
       pack_rows<kTileCols>(Rows<T>{s.w, s.dim}, chunk + j, std::min<int64_t>(kTileCols, cols - j),
-                           s.dim, w_panels.get() + j * s.dim);
+                           s.dim, w_panels + j * depth);
     });
     parallel_for(blocks, threads, [&](int64_t block, int thread) {
       const int64_t first = block * kBlock, rows = std::min(kBlock, s.rows - first);
-      float* tile = tiles.get() + thread * kBlock * stride;
-      score_tile(s, first, rows, chunk, cols, w_panels.get(),
-                 x_panels.get() + thread * kBlock * s.dim, tile, stride);
+      float* tile = tiles.get() + thread * kBlock * kPitch<T>;
+      score_tile(s, first, rows, chunk, cols, w_panels + 0, x_panels + thread * kBlock * depth,
+                 tile);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t own = s.target[s.source(first + i)] - chunk;
-        if (own >= 0 && own < cols) stats[first + i].own = tile[i * stride + own];
-        fold(stats[first + i], tile + i * stride, cols);
+        if (own >= 0 && own < cols) stats[first + i].own = tile[i * kPitch<T> + own];
+        fold(stats[first + i], tile + i * kPitch<T>, cols);
       }
     });
   }
@@ -133,49 +150,78 @@ struct ScoreGradients {
   float* d_x;           // (rows, dim) of the problem; overwritten
   T* d_w;               // (cols, dim)
   T* d_bias;            // (cols,)
-  double* moment;       // (rows,) sum over columns of score * d_score; added to
+  double* moment;       // (rows,) sum over columns of (score - anchor) * d_score; added to
+  const float* anchor;  // (rows,) of the moments: any value, best one close to the target's score
 };
+
+// Gradients of scores are multiplied in bfloat16 where their operands are.
+template <typename T>
+using ScoreGradient = std::conditional_t<kPerWord<WordOf<T>> == 2, T, float>;
+
+inline void store_gradients(float* to, Lanes low, Lanes high) {
+  store(to, low);
+  store(to + kLanes, high);
+}
+#ifdef __AVX512BF16__
+inline void store_gradients(bfloat16* to, Lanes low, Lanes high) {
+  const Lanes both = neighbours<Bfloat16Pair>(low, high);
+  std::memcpy(to, &both, sizeof both);
+}
+#endif
 
 // Scores of one row become the gradient of their numerators (score * divisor).
 template <typename T>
 void differentiate(const Scores<T>& s, const ScoreGradients<T>& g, int64_t i, int64_t chunk,
-                   int64_t cols, float* scores) {
+                   int64_t cols, const float* scores, ScoreGradient<T>* d_scores) {
   const int64_t row = s.source(i), own = s.target[row] - chunk;
-  const bool has_own = own >= 0 && own < cols;
-  const float own_score = has_own ? scores[own] : 0.0f;
   const Probability probability(g.lse[row]);
   const float scale = g.d_loss[row] / s.divisor;
+  const float anchor = g.moment ? g.anchor[i] : 0.0f;
   Lanes sum = {};
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const Lanes score = load(scores + j), p = probability(score);
-    sum += p == 0.0f ? Lanes{} : p * score;  // a masked score is -inf
-    store(scores + j, p * scale);
+  for (int64_t j = 0; j < cols; j += kTileCols) {
+    Lanes d[2];
+    for (int part = 0; part < 2; ++part) {
+      const Lanes score = load(scores + j + part * kLanes), p = probability(score);
+      sum += p == 0.0f ? Lanes{} : p * (score - anchor);  // a masked score is -inf
+      d[part] = p * scale;
+    }
+    store_gradients(d_scores + j, d[0], d[1]);
   }
-  if (g.moment) g.moment[i] += g.d_loss[row] * (double{sum_of(sum)} - own_score);
-  if (has_own) scores[own] = (probability(broadcast(own_score))[0] - 1.0f) * scale;
+  double moment = sum_of(sum);
+  if (own >= 0 && own < cols) {
+    const float minus_one = static_cast<float>(std::expm1(scores[own] - g.lse[row]));
+    d_scores[own] = from_float<ScoreGradient<T>>(minus_one * scale);
+    moment -= double{scores[own]} - anchor;
+  }
+  if (g.moment) g.moment[i] += g.d_loss[row] * moment;
 }
 
 template <typename T>
 class SoftmaxBackward {
+  using Word = WordOf<T>;
+
  public:
   SoftmaxBackward(const Scores<T>& scores, const ScoreGradients<T>& gradients)
       : s(scores),
         g(gradients),
-        width(std::min(kChunk, s.cols)),
-        region(std::min(s.rows, kChunk * ceil_div(s.threads, kChunk / kBlock))),
-        stride(round_up(width, kLanes) + kLanes),
-        scratch_size(kBlock * std::max({s.dim, round_up(width, kTileRows), region})),
-        w_rows(round_up(width, kTileCols) * s.dim),
-        w_columns(g.d_x ? width * round_up(s.dim, kTileCols) : 0),
-        x_columns(g.d_w ? region * round_up(s.dim, kTileCols) : 0),
-        d_scores(region * stride),
-        d_w(g.d_w ? width * s.dim : 0),
+        width(std::min(kChunk<T>, s.cols)),
+        region(std::min(s.rows, kChunk<T> * ceil_div(s.threads, kChunk<T> / kBlock))),
+        scratch_size(kBlock *
+                     std::max(words<Word>(s.dim), words<Word>(std::max(kChunk<T>, region)))),
+        w_rows(round_up(width, kTileCols) * words<Word>(s.dim)),
+        w_columns(g.d_x ? words<Word>(width) * round_up(s.dim, kTileCols) : 0),
+        x_columns(g.d_w ? words<Word>(region) * round_up(s.dim, kTileCols) : 0),
         scratch(std::max(s.threads, 1) * scratch_size),
+        d_scores(words<Word>(region * kPitch<T>)),
+        tiles(std::max(s.threads, 1) * kBlock * kPitch<T>),
+        d_w(g.d_w && !kInPlace ? width * s.dim : 0),
         d_bias(g.d_bias ? width : 0) {}
 
   void run() {
-    for (chunk = 0; chunk < s.cols; chunk += kChunk) {
-      cols = std::min(kChunk, s.cols - chunk);
+    prefer_huge_pages(g.d_x, s.rows * s.dim * sizeof(float));
+    prefer_huge_pages(g.d_w, s.cols * s.dim * sizeof(T));
+    for (chunk = 0; chunk < s.cols; chunk += kChunk<T>) {
+      cols = std::min(kChunk<T>, s.cols - chunk);
       pack_w();
       for (first = 0; first < s.rows; first += region) {
         rows = std::min(region, s.rows - first);
@@ -188,33 +234,44 @@ class SoftmaxBackward {
   }
 
  private:
-  float* scratch_of(int thread) const { return scratch.get() + thread * scratch_size; }
+  static constexpr bool kInPlace = std::is_same_v<T, float>;  // d_w is summed where it belongs
+
+  const ScoreGradient<T>* gradient(int64_t row) const {
+    return reinterpret_cast<ScoreGradient<T>*>(d_scores.get()) + row * kPitch<T>;
+  }
+
+  float* d_w_row(int64_t j) const {
+    if constexpr (kInPlace) return g.d_w + (chunk + j) * s.dim;
+    return d_w.get() + j * s.dim;
+  }
 
   void pack_w() {
     const Rows<T> w{s.w, s.dim};
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
       const int64_t j = panel * kTileCols, count = std::min<int64_t>(kTileCols, cols - j);
-      pack_rows<kTileCols>(w, chunk + j, count, s.dim, w_rows.get() + j * s.dim);
-      if (g.d_x) pack_columns<kTileCols>(w, chunk + j, count, s.dim, cols, j, w_columns.get());
+      pack_rows<kTileCols>(w, chunk + j, count, s.dim, w_rows + j * words<Word>(s.dim));
+      if (g.d_x) pack_columns<kTileCols>(w, chunk + j, count, s.dim, cols, j, w_columns + 0);
     });
   }
 
   // Gradients of the scores of a block of rows, and what they add to the gradient of x.
   void row_task(int64_t start, int thread) {
     const int64_t count = std::min(kBlock, rows - start);
-    float* tile = d_scores.get() + start * stride;
-    float* panels = scratch_of(thread);
-    score_tile(s, first + start, count, chunk, cols, w_rows.get(), panels, tile, stride);
+    float* tile = tiles.get() + thread * kBlock * kPitch<T>;
+    Word* panels = scratch + thread * scratch_size;
+    score_tile(s, first + start, count, chunk, cols, w_rows + 0, panels, tile);
+    auto* d_tile = const_cast<ScoreGradient<T>*>(gradient(start));
     for (int64_t i = 0; i < count; ++i)
-      differentiate(s, g, first + start + i, chunk, cols, tile + i * stride);
+      differentiate(s, g, first + start + i, chunk, cols, tile + i * kPitch<T>,
+                    d_tile + i * kPitch<T>);
     if (g.d_x) {
-      pack_rows<kTileRows>(Rows<float>{tile, stride}, 0, count, cols, panels);
-      multiply(count, s.dim, cols, panels, w_columns.get(), g.d_x + (first + start) * s.dim, s.dim,
+      pack_rows<kTileRows>(Rows<ScoreGradient<T>>{d_tile, kPitch<T>}, 0, count, cols, panels);
+      multiply(count, s.dim, cols, panels, w_columns + 0, g.d_x + (first + start) * s.dim, s.dim,
                chunk > 0);
     }
     if (g.d_w)
       pack_columns<kTileCols>(Rows<T>{s.x, s.dim, s.index}, first + start, count, s.dim, rows,
-                              start, x_columns.get());
+                              start, x_columns + 0);
   }
 
   // What the region's rows add to the gradients of w and bias.
@@ -225,11 +282,11 @@ class SoftmaxBackward {
       const int64_t count = std::min(kBlock, cols - start);
       if (g.d_bias && dim_start == 0) add_columns(start, count);
       if (!g.d_w) return;
-      float* panels = scratch_of(thread);
-      pack_columns<kTileRows>(Rows<float>{d_scores.get() + start, stride}, 0, rows, count, rows, 0,
-                              panels);
+      Word* panels = scratch + thread * scratch_size;
+      pack_columns<kTileRows>(Rows<ScoreGradient<T>>{gradient(0) + start, kPitch<T>}, 0, rows,
+                              count, rows, 0, panels);
       multiply(count, std::min(kDimBlock, s.dim - dim_start), rows, panels,
-               x_columns.get() + dim_start * rows, d_w.get() + start * s.dim + dim_start, s.dim,
+               x_columns + dim_start * words<Word>(rows), d_w_row(start) + dim_start, s.dim,
                first > 0);
     });
   }
@@ -238,28 +295,30 @@ class SoftmaxBackward {
     double* sum = d_bias.data() + start;
     if (first == 0) std::fill(sum, sum + count, 0.0);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < count; ++j) sum[j] += d_scores.get()[i * stride + start + j];
+      for (int64_t j = 0; j < count; ++j) sum[j] += to_float(gradient(i)[start + j]);
   }
 
   void store() {
     if (g.d_bias)
       for (int64_t j = 0; j < cols; ++j)
         g.d_bias[chunk + j] = from_float<T>(s.rows ? static_cast<float>(d_bias[j]) : 0.0f);
-    if (!g.d_w) return;
+    if (!g.d_w || (kInPlace && s.rows)) return;
     parallel_for(ceil_div(cols, kBlock), s.threads, [&](int64_t block, int) {
-      const int64_t begin = block * kBlock * s.dim;
-      const int64_t end = std::min(cols, (block + 1) * kBlock) * s.dim;
-      for (int64_t e = begin; e < end; ++e)
-        g.d_w[chunk * s.dim + e] = from_float<T>(s.rows ? d_w.get()[e] : 0.0f);
+      for (int64_t j = block * kBlock; j < std::min(cols, (block + 1) * kBlock); ++j) {
+        const float* from = d_w_row(j);
+        T* to = g.d_w + (chunk + j) * s.dim;
+        for (int64_t d = 0; d < s.dim; ++d) to[d] = from_float<T>(s.rows ? from[d] : 0.0f);
+      }
     });
   }
 
   const Scores<T>& s;
   const ScoreGradients<T>& g;
-  const int64_t width, region, stride, scratch_size;
-  const Buffer w_rows, w_columns;  // panels of a chunk of w, for the scores and for d_x
-  const Buffer x_columns;          // panels of a region of x, for d_w
-  const Buffer d_scores, d_w, scratch;
+  const int64_t width, region, scratch_size;
+  const Panels<T> w_rows, w_columns;  // a chunk of w, for the scores and for d_x
+  const Panels<T> x_columns;          // a region of x, for d_w
+  const Panels<T> scratch;            // of each thread
+  const Buffer d_scores, tiles, d_w;
   std::vector<double> d_bias;
   int64_t chunk = 0, cols = 0, first = 0, rows = 0;
 };

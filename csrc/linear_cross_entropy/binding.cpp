@@ -3,40 +3,22 @@
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace py = pybind11;
-using namespace py::literals;
-
-namespace {
-
-moca::LinearCrossEntropyParams params(uintptr_t hidden, uintptr_t weight, uintptr_t bias,
-                                      uintptr_t labels, uintptr_t index, uintptr_t lse,
-                                      int64_t rows, int64_t tokens, int64_t vocabulary, int64_t dim,
-                                      moca::DType dtype, int threads) {
-  moca::require(rows >= 0 && tokens >= rows && vocabulary >= 0 && dim >= 0,
-                "linear_cross_entropy: bad sizes");
-  moca::LinearCrossEntropyParams p{};
-  p.hidden = moca::pointer<>(hidden);
-  p.weight = moca::pointer<>(weight);
-  p.bias = moca::pointer<>(bias);
-  p.labels = moca::pointer<const int64_t>(labels);
-  p.index = moca::pointer<const int64_t>(index);
-  p.lse = moca::pointer<double>(lse);
-  p.rows = rows;
-  p.tokens = tokens;
-  p.vocabulary = vocabulary;
-  p.dim = dim;
-  p.dtype = dtype;
-  p.threads = threads;
-  return p;
-}
-
-}  // namespace
 
 // An address of 0 stands for a bias that is absent or a gradient that is not needed.
 MOCA_BINDING(linear_cross_entropy, m) {
-  py::class_<moca::LinearCrossEntropyParams>(m, "LinearCrossEntropyParams")
-      .def(py::init(&params), py::kw_only(), "hidden"_a, "weight"_a, "bias"_a, "labels"_a,
-           "index"_a, "lse"_a, "rows"_a, "tokens"_a, "vocabulary"_a, "dim"_a, "dtype"_a,
-           "threads"_a);
+  using moca::field;
+  using Params = moca::LinearCrossEntropyParams;
+  const auto check = [](const Params& p) {
+    moca::require(p.rows >= 0 && p.tokens >= p.rows && p.vocabulary >= 0 && p.dim >= 0,
+                  "linear_cross_entropy: bad sizes");
+  };
+  moca::bind_params(m, "LinearCrossEntropyParams", check, field("hidden", &Params::hidden),
+                    field("weight", &Params::weight), field("bias", &Params::bias),
+                    field("labels", &Params::labels), field("index", &Params::index),
+                    field("lse", &Params::lse), field("rows", &Params::rows),
+                    field("tokens", &Params::tokens), field("vocabulary", &Params::vocabulary),
+                    field("dim", &Params::dim), field("dtype", &Params::dtype),
+                    field("threads", &Params::threads));
   m.def("linear_cross_entropy_forward", [](moca::LinearCrossEntropyParams p, uintptr_t loss) {
     p.loss = moca::pointer<float>(loss);
     py::gil_scoped_release release;

@@ -5,6 +5,8 @@ sees. The B x M scores are made tile by tile and never held.
 B queries, M documents, K hard negatives a query, D dim.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,17 @@ from moca_fast._checks import FLOATS, check_tensor
 OP = "info_nce"
 REDUCTIONS = ("mean", "sum", "none")
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+class Inputs(NamedTuple):
+    """The tensors of a checked call, as `info_nce` describes them, defaults filled in."""
+
+    query: Tensor
+    document: Tensor
+    target: Tensor
+    temperature: Tensor  # () in the dtype that scores are accumulated in
+    hard_negatives: Tensor | None
+    query_ids: Tensor | None
+    document_ids: Tensor | None
 
 
 def info_nce(
@@ -87,7 +99,7 @@ def inputs(
     document_ids: Tensor | None = None,
     reduction: str = "mean",
 ) -> Inputs:
-    """The checked tensors that backends are asked about, defaults filled in."""
+    """Checks the arguments of `info_nce` and makes the tensors that backends are asked about."""
     check_tensor(OP, "query", query, shape=("B", "D"), dtypes=FLOATS)
     batch, dim = query.shape
     check_tensor(OP, "document", document, shape=("M", dim), dtypes=(query.dtype,), like=query)
@@ -123,7 +135,7 @@ def inputs(
             f"moca_fast.{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}"
         )
     temperature = _temperature(temperature, query)
-    return query, document, target, temperature, hard_negatives, query_ids, document_ids
+    return Inputs(query, document, target, temperature, hard_negatives, query_ids, document_ids)
 
 
 def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
@@ -173,7 +185,7 @@ def _backward(
     """Gradients of query, document, hard_negatives and temperature; (0,) where not needed."""
     tensors = (query, document, target, temperature, hard_negatives, query_ids, document_ids)
     kernel = _dispatch.select(OP, backend, *tensors)
-    return kernel.backward(d_loss, lse, *tensors, needs)
+    return kernel.backward(d_loss, lse, needs, *tensors)
 
 
 @_forward.register_fake

@@ -1,7 +1,11 @@
 """info_nce in eager torch: the specification. Holds the scores of CHUNK queries at a time."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from moca_fast.ops.info_nce.op import Inputs
 
 CHUNK = 1024  # queries
 
@@ -10,22 +14,14 @@ def unsupported(*inputs: Tensor | None) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor,
-    document: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    hard_negatives: Tensor | None,
-    query_ids: Tensor | None,
-    document_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
+    inputs = Inputs(*tensors)
+    query, document, target, temperature, *_ = inputs
     check_target(target, document.shape[0])
     loss = temperature.new_empty(query.shape[0])
     lse = torch.empty_like(loss, dtype=torch.float64)
     for rows in torch.arange(query.shape[0], device=query.device).split(CHUNK):
-        scores = _scores(
-            rows, query, document, target, temperature, hard_negatives, query_ids, document_ids
-        )
+        scores = _scores(rows, inputs)
         own = scores.gather(1, target[rows, None])[:, 0]
         peak = scores.amax(dim=1)
         log_sum = (scores - peak[:, None]).exp().sum(dim=1).log()
@@ -34,27 +30,16 @@ def forward(
     return loss, lse
 
 
-def backward(
-    d_loss: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    document: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    hard_negatives: Tensor | None,
-    query_ids: Tensor | None,
-    document_ids: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
+    inputs = Inputs(*tensors)
+    query, document, target, temperature, hard_negatives, *_ = inputs
     dtype, count = temperature.dtype, document.shape[0]
     documents = document.to(dtype)
     hard = query[:, None, :0, None] if hard_negatives is None else hard_negatives.to(dtype)
     d_query, d_document = torch.zeros_like(query, dtype=dtype), torch.zeros_like(documents)
     d_hard, d_temperature = torch.zeros_like(hard), torch.zeros_like(temperature)
     for rows in torch.arange(query.shape[0], device=query.device).split(CHUNK):
-        scores = _scores(
-            rows, query, document, target, temperature, hard_negatives, query_ids, document_ids
-        )
+        scores = _scores(rows, inputs)
         d_scores = (scores - lse[rows, None]).exp().to(dtype)
         d_scores.scatter_add_(1, target[rows, None], -torch.ones_like(d_scores[:, :1]))
         d_scores *= d_loss[rows, None]
@@ -73,17 +58,9 @@ def backward(
     )
 
 
-def _scores(
-    rows: Tensor,
-    query: Tensor,
-    document: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    hard_negatives: Tensor | None,
-    query_ids: Tensor | None,
-    document_ids: Tensor | None,
-) -> Tensor:
+def _scores(rows: Tensor, inputs: Inputs) -> Tensor:
     """(rows, M + K) scores of some queries; -inf where a document is no negative."""
+    query, document, target, temperature, hard_negatives, query_ids, document_ids = inputs
     states = query[rows].to(temperature.dtype)
     scores = states @ document.to(temperature.dtype).mT
     if document_ids is not None and query_ids is not None:

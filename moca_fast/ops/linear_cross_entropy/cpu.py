@@ -1,12 +1,10 @@
 """linear_cross_entropy on the native CPU kernels (csrc/linear_cross_entropy/cpu.cpp)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moca_fast import _C
-from moca_fast._native import DTYPES, unsupported_tensors
+from moca_fast._native import DTYPES, address, contiguous, unsupported_tensors
 
 
 def unsupported(*inputs: Tensor | None) -> str | None:
@@ -16,7 +14,7 @@ def unsupported(*inputs: Tensor | None) -> str | None:
 def forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    tensors = _contiguous(hidden, weight, labels, bias)
+    tensors = [contiguous(t) for t in (hidden, weight, labels, bias)]
     index = _counted(labels, ignore_index)
     loss = torch.zeros(labels.shape, dtype=torch.float32)
     lse = torch.zeros(labels.shape, dtype=torch.float64)
@@ -34,14 +32,13 @@ def backward(
     ignore_index: int,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    tensors = _contiguous(hidden, weight, labels, bias)
+    tensors = [contiguous(t) for t in (hidden, weight, labels, bias)]
     index = _counted(labels, ignore_index)
     d_loss = d_loss.contiguous()
-    contiguous = torch.contiguous_format
     grads = (
         # Rows that do not count are left out by the kernel.
-        torch.zeros_like(hidden, memory_format=contiguous) if needs[0] else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=contiguous) if needs[1] else hidden.new_empty(0),
+        hidden.new_zeros(hidden.shape if needs[0] else 0),
+        hidden.new_empty(weight.shape if needs[1] else 0),
         hidden.new_empty(weight.shape[0] if needs[2] else 0),
     )
     addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]
@@ -54,10 +51,6 @@ def _counted(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).nonzero()[:, 0].contiguous()
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def _params(
     lse: Tensor,
     index: Tensor,
@@ -67,12 +60,12 @@ def _params(
     bias: Tensor | None,
 ) -> "_C.LinearCrossEntropyParams":
     return _C.LinearCrossEntropyParams(
-        hidden=hidden.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        labels=labels.data_ptr(),
-        index=index.data_ptr(),
-        lse=lse.data_ptr(),
+        hidden=address(hidden),
+        weight=address(weight),
+        bias=address(bias),
+        labels=address(labels),
+        index=address(index),
+        lse=address(lse),
         rows=index.shape[0],
         tokens=hidden.shape[0],
         vocabulary=weight.shape[0],
