@@ -318,7 +318,7 @@ def build_model(
     image_settings: ImageSettings,
     *,
     init_std: float = 0.05,
-    branch_scale: float = 0.01,
+    branch_scale: float = 1.0,
     seed: int = 0,
     **kwargs: Any,
 ) -> MocaModel:
@@ -326,9 +326,9 @@ def build_model(
 
     Args:
         config: for example of `tiny_config`.
-        branch_scale: the matrices that write into the residual stream of the text tower start
-            smaller by this factor. The states of a text then are nearly the embeddings of its
-            tokens, so that texts with words in common are alike before any training.
+        branch_scale: factor on the first values of the matrices that write into the residual
+            stream of the text tower. Where it is small, the states of a text are nearly the
+            embeddings of its tokens, and texts with words in common are alike before any training.
         tokenizer, image_settings, kwargs: as for `MocaModel`.
     """
     parts: tuple[Any, ...] = (config, config.get_text_config(), config.vision_config)

@@ -158,6 +158,22 @@ def test_gradients_reach_every_parameter(tiny_model, batch):
     assert missing == []
 
 
+def test_small_branches_leave_states_near_their_tokens(tiny_tokenizer, tiny_settings):
+    config = tiny_config(tiny_tokenizer, hidden=128, layers=2, heads=2, vision_layers=1)
+    encoded = Encoder(tiny_tokenizer, tiny_settings)(Document.of("the quick brown fox"))
+    near = []
+    for scale in (1.0, 0.01):
+        model = build_model(
+            copy.deepcopy(config), tiny_tokenizer, tiny_settings, branch_scale=scale
+        )
+        batch = pack([encoded], 2, model.image_token_id)
+        with torch.inference_mode():
+            tokens = model.language_model.embed_tokens(batch.input_ids)
+            states = model.hidden_states(batch)
+        near.append(torch.nn.functional.cosine_similarity(tokens, states).mean())
+    assert near[0] < 0.8 and near[1] > 0.99
+
+
 def test_build_model_is_seeded_and_scaled(tiny_tokenizer, tiny_settings):
     config = tiny_config(tiny_tokenizer, hidden=128, layers=1, heads=2, vision_layers=1)
     state = torch.get_rng_state()

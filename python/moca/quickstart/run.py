@@ -45,6 +45,7 @@ from moca.saving import build_tokenizer
 # The miniature: small enough for two cores, large enough to learn from 50,000 pictures and names.
 IMAGES = ImageSettings(patch_size=8, merge_size=2, min_pixels=4 * 16**2, max_pixels=20 * 16**2)
 VOCABULARY = 8192
+BRANCH_SCALE = 0.01  # texts with words in common are alike from the start
 CPT_STEPS, CONTRAST_STEPS = 50, 800
 CPT_COST = 8192  # of a batch of stage 1
 TRAINING: dict[str, Any] = {
@@ -143,7 +144,13 @@ class Quickstart:
                 corpora.documents["gloss"] = corpora.documents["gloss"][::GLOSS_STRIDE]
             write_corpora(corpora, self.folder / "data", IMAGES, _progress)
             tokenizer = build_tokenizer(corpora.tokenizer_texts, VOCABULARY)
-            model = build_model(tiny_config(tokenizer), tokenizer, IMAGES, seed=self.config.seed)
+            model = build_model(
+                tiny_config(tokenizer),
+                tokenizer,
+                IMAGES,
+                branch_scale=BRANCH_SCALE,
+                seed=self.config.seed,
+            )
             model.save_pretrained(self.folder / "init")
 
     @property
