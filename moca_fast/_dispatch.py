@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which "auto" tries them
+# The order in which "auto" tries them. No call suits both cpu and triton, except where Triton is
+# interpreted (TRITON_INTERPRET=1): the CPU's kernels are then the ones to take.
+BACKENDS = ("cuda", "cpu", "triton", "reference")
 
 
 def _checked(backend: str, source: str) -> str:

@@ -11,11 +11,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "reference")
+
+# Where the kernels for GPUs are tested: without one, Triton's run in its interpreter on the CPU.
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+GPU_BACKENDS = (
+    pytest.param("triton", marks=pytest.mark.gpu),
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no GPU here")]
+    ),
+)
 
 
 def assert_close_to_exact(
@@ -54,7 +65,7 @@ def run(function: Callable, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
     out = function(*leaves)
     above = torch.ones(()) if out.dim() == 0 else torch.linspace(-0.9, 1.1, out.numel())
-    out.backward(above.reshape(out.shape).to(out.dtype))
+    out.backward(above.reshape(out.shape).to(out.device, out.dtype))
     return [out.detach()] + [t.grad for t in leaves if t is not None]
 
 
