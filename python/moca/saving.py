@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedModel, Qwen2Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 from transformers.utils import cached_file
 
 from moca.checkpoint import replacing
@@ -101,8 +106,12 @@ class Settings:
             raise ValueError(f"pooling: expected 'mean' or 'last', got {self.pooling!r}")
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """Train a byte-level BPE tokenizer of the Qwen kind on a corpus.
+def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of the Qwen kind on a small corpus.
+
+    Words are split as Qwen's tokenizer splits them, but a word is the same tokens in capitals, in
+    small letters, and wherever it stands in a line: a small corpus says too little of each form.
+    So decoding gives small letters, and one space for any white space.
 
     Args:
         texts: the corpus; special tokens in it are left out.
@@ -119,10 +128,17 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         raise ValueError(
             f"vocab_size: expected at least {256 + len(SPECIAL_TOKENS)}, got {vocab_size}"
         )
-    pattern = Qwen2Tokenizer().backend_tokenizer
     trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.NFC()
-    trained.pre_tokenizer = pattern.pre_tokenizer
+    trained.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Prepend(" "),
+        ]
+    )
+    trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     trained.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -130,13 +146,12 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
         show_progress=False,
     )
     trained.train_from_iterator(map(_without_specials, texts), trainer)
-    model = json.loads(trained.to_str())["model"]
-    merges: Any = [tuple(merge) for merge in model["merges"]]
-    return Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=merges,
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
         mask_token=MASK_TOKEN,
-        extra_special_tokens=[token for token in SPECIAL_TOKENS if token != MASK_TOKEN],
+        extra_special_tokens=[t for t in SPECIAL_TOKENS if t not in (END_TOKEN, MASK_TOKEN)],
         chat_template=CHAT_TEMPLATE,
     )
 

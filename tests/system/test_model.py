@@ -15,6 +15,8 @@ from moca.model import MocaModel, PatchProjection, build_model, split_documents,
 from moca.saving import MASK_TOKEN, SPECIAL_TOKENS, Settings, build_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen3VLConfig,
 )
@@ -204,11 +206,25 @@ class TestTokenizer:
         assert len(set(tiny_tokenizer.all_special_ids)) == len(SPECIAL_TOKENS)
 
     @pytest.mark.parametrize(
-        "text", ["naïve café 😀\n\t x", "日本語 text", "  leading", "\x00\x7f"]
+        ("text", "want"),
+        [
+            ("naïve café 😀\n\t x", "naïve café 😀 x"),
+            ("日本語 text", "日本語 text"),
+            ("  Leading", "leading"),
+            ("\x00\x7f", "\x00\x7f"),
+        ],
     )
-    def test_round_trip(self, tiny_tokenizer, text):
+    def test_every_letter_comes_back(self, tiny_tokenizer, text, want):
         ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tiny_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert tiny_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == " " + want
+
+    def test_a_word_is_the_same_wherever_it_stands(self, tiny_tokenizer, tmp_path):
+        forms = ["text", "Text", "TEXT", " text ", "<|im_end|>text", "\ntext<|im_end|>"]
+        tiny_tokenizer.save_pretrained(tmp_path)
+        for tokenizer in (tiny_tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+            found = {tuple(t for t in tokenizer.tokenize(f) if t[0] != "<") for f in forms}
+            assert len(found) == 1, found
+            assert set(tokenizer.tokenize("\n text\n\nText")) == set(found.pop())
 
     def test_size(self):
         words = [f"{a}{b}{c}" for a in "abcde" for b in "fghij" for c in "klmno"]
@@ -233,7 +249,7 @@ def test_mask_token_is_added_to_a_checkpoint(tiny_settings, tmp_path, spare, tie
     trained = build_tokenizer(["some text to learn from"] * 3, 280)
     vocabulary = {t: i for t, i in trained.get_vocab().items() if t not in SPECIAL_TOKENS}
     merges = json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]
-    plain = type(trained)(
+    plain = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=[tuple(merge) for merge in merges],
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token != MASK_TOKEN],

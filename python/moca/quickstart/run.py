@@ -66,7 +66,7 @@ BATCH = 128
 # Glosses are short and cheap, so their batches are larger.
 TASK_BATCHES = {"gloss": 2 * BATCH}
 # Share of the steps.
-TASK_WEIGHTS = {"title-section": 0.14, "caption-figure": 0.2, "emoji": 0.24, "gloss": 0.42}
+TASK_WEIGHTS = {"title-section": 0.15, "caption-figure": 0.23, "emoji": 0.27, "gloss": 0.35}
 # One gloss in so many is a document of stage 1: there are 70 times as many as sections.
 GLOSS_STRIDE = 8
 # Of the CNN, on each task; bounds its share of the time.
