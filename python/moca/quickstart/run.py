@@ -44,9 +44,9 @@ from moca.saving import build_tokenizer
 
 # The miniature: small enough for two cores, large enough to learn from 50,000 pictures and names.
 IMAGES = ImageSettings(patch_size=8, merge_size=2, min_pixels=4 * 16**2, max_pixels=20 * 16**2)
-VOCABULARY = 8192
+VOCABULARY = 1024
 BRANCH_SCALE = 0.01  # texts with words in common are alike from the start
-CPT_STEPS, CONTRAST_STEPS = 50, 800
+CPT_STEPS, CONTRAST_STEPS = 50, 750
 CPT_COST = 8192  # of a batch of stage 1
 TRAINING: dict[str, Any] = {
     "optimizer": "muon",
@@ -61,12 +61,12 @@ TRAINING: dict[str, Any] = {
 }
 # Stage 1 goes gently: the random weights it starts from already tell which words texts share.
 CPT_RATES: dict[str, Any] = {"lr": 1e-3, "muon_lr": 2e-3}
-CONTRAST_RATES: dict[str, Any] = {"lr": 3e-3, "muon_lr": 6e-3}
+CONTRAST_RATES: dict[str, Any] = {"lr": 1.5e-3, "muon_lr": 3e-3}
 BATCH = 128
 # Glosses are short and cheap, so their batches are larger.
 TASK_BATCHES = {"gloss": 2 * BATCH}
 # Share of the steps.
-TASK_WEIGHTS = {"title-section": 0.15, "caption-figure": 0.23, "emoji": 0.27, "gloss": 0.35}
+TASK_WEIGHTS = {"title-section": 0.12, "caption-figure": 0.3, "emoji": 0.33, "gloss": 0.25}
 # One gloss in so many is a document of stage 1: there are 70 times as many as sections.
 GLOSS_STRIDE = 8
 # Of the CNN, on each task; bounds its share of the time.
