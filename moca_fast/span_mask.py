@@ -162,7 +162,11 @@ class SpanMask:
             # Query i sees j if start[i] <= j and j < end[i]: a prefix and a suffix of the queries.
             start = torch.searchsorted(self.end, key, right=True, out_int32=True)
             end = torch.searchsorted(self.start, key, right=True, out_int32=True)
-            end = torch.maximum(start, end)
+            # A key that nobody sees stands at the end of those who see the keys before it: queries
+            # that see nothing, whatever they hold, are then between no key's queries.
+            seen = start < end
+            last = torch.where(seen, end, 0).cummax(0).values
+            start, end = torch.where(seen, start, last), torch.where(seen, end, last)
             self._transposed = SpanMask(start, end, self.num_queries, validate=False)
         return self._transposed
 

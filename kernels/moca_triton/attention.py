@@ -8,10 +8,10 @@ T query tokens, K key tokens, H query heads, Hkv key-value heads, D dim of a hea
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from moca_triton.attention_backward import keys_kernel, queries_kernel, rows_kernel
 from moca_triton.attention_forward import forward_kernel
@@ -41,19 +41,20 @@ class Launch:
     keys: Blocks
 
 
-def launch(capability: tuple[int, int], dim: int, itemsize: int) -> Launch:
-    """What suits a GPU: (8, 0) is an A100, (9, 0) an H100. Sized by shared memory (227 KB from 9.0,
-    163 KB on 8.0, else 99 KB) and by 255 registers a thread; no measurement stands behind it yet.
+def launch(arch: int, dim: int, itemsize: int) -> Launch:
+    """What suits a GPU of compute capability arch / 10, heads of `dim` and numbers of `itemsize`.
+
+    Chosen by shared memory (227 KB a program from 9.0, 163 KB on 8.0, else 99 KB) and so that
+    nothing spills from 255 registers a thread; no measurement stands behind it yet.
     """
-    if itemsize == 4:  # float32 is multiplied outside the matrix units
-        small = Blocks(32, 32, 4, 1)
-        return Launch(small, small, small)
+    if itemsize == 4:  # multiplied outside the matrix units
+        return Launch(*[Blocks(32, 32, 4, 1)] * 3)
     wide = dim > 128
-    if capability >= (9, 0) and capability < (12, 0):
+    if 90 <= arch < 120:
         if wide:
             return Launch(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 32, 8, 1))
         return Launch(Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2))
-    if capability == (8, 0):
+    if arch == 80:
         if wide:
             return Launch(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1))
         return Launch(Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2))
@@ -75,13 +76,12 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lse_rest = torch.empty_like(lse)
-    blocks = _launch(q).forward
     programs, shape = _programs(tiles), _shape(q, k)
     with torch.cuda.device_of(q):
         forward_kernel[(programs * q.shape[1],)](
             q, k, v, start, end, tiles, out, lse, lse_rest, *_strides(q, k, v), **shape,
             num_tiles=tiles.shape[0], programs=programs, num_keys=k.shape[0],
-            scale=softmax_scale * math.log2(math.e), **_tuning(blocks),
+            scale=softmax_scale * math.log2(math.e), **_tuning(_launch(q).forward),
         )  # fmt: skip
     return out, lse, lse_rest
 
@@ -109,9 +109,10 @@ def backward(
     precise = torch.float64 if q.dtype == torch.float32 else torch.float32
     lse2 = torch.empty(heads, queries, dtype=precise, device=q.device)
     delta = torch.empty(heads, queries, dtype=torch.float32, device=q.device)
-    blocks, strides, shape = _launch(q), _strides(q, k, v), _shape(q, k)
+    strides, shape = _strides(q, k, v), _shape(q, k)
     scales = {"scale": softmax_scale * math.log2(math.e), "softmax_scale": softmax_scale}
     with torch.cuda.device_of(q):
+        blocks = _launch(q)
         first, second = pieces(q.shape[2])
         rows_kernel[(-(-queries // TERM_ROWS), heads)](
             out, d_out, lse, lse_rest, d_lse.to(torch.float32).contiguous(), start, end, lse2, delta,
@@ -125,7 +126,7 @@ def backward(
         )  # fmt: skip
         programs = _programs(key_tiles)
         keys_kernel[(programs * k.shape[1],)](
-            q, k, v, d_out, lse2, delta, start, end, key_start, key_end, key_tiles, d_k, d_v,
+            q, k, v, d_out, lse2, delta, key_start, key_end, key_tiles, d_k, d_v,
             *strides, **shape, num_tiles=key_tiles.shape[0], programs=programs,
             num_queries=queries, **scales, **_tuning(blocks.keys),
         )  # fmt: skip
@@ -178,9 +179,4 @@ def _tuning(blocks: Blocks) -> dict[str, int]:
 def _launch(q: Tensor) -> Launch:
     if INTERPRETED:  # small blocks, so that small tests have many
         return Launch(*[Blocks(32, 16, 1, 1)] * 3)
-    return launch(_capability(q.device), q.shape[2], q.element_size())
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return launch(driver.active.get_current_target().arch, q.shape[2], q.element_size())

@@ -2,8 +2,9 @@
 d_v over the tiles of keys. No two programs write one number, so every run gives the same bits.
 
 With weights p = softmax(scores) and d_p = d_out @ v.T, d_scores = p * (d_p - delta), where a row's
-delta = sum(out * d_out) - d_lse. A row with a single key has d_p = sum(out * d_out) in exact
-arithmetic: its delta is -d_lse and its d_p left out, so that it learns nothing from rounding.
+delta = sum(out * d_out) - d_lse. A row with a single key has p = 1 and d_p = sum(out * d_out) in
+exact arithmetic: both are left out, so that it learns nothing from rounding. Its lse in base 2 is
+inf to tell it by.
 """
 
 import triton
@@ -29,8 +30,8 @@ def rows_kernel(
 ):  # fmt: skip
     """lse in base 2 and delta of ROWS rows of one head, each (H, T).
 
-    lse is as exact as its pointer's dtype: float64 for float32 tensors, whose weights would feel
-    its rounding otherwise.
+    lse is inf for a row with a single key, and else as exact as its pointer's dtype: float64 for
+    float32 tensors, whose weights would feel its rounding otherwise.
     """
     head = tl.program_id(1)
     first = tl.program_id(0) * ROWS
@@ -52,7 +53,7 @@ def rows_kernel(
     lse += tl.load(rest_ptr + at, mask=real, other=0.0)
     to = head.to(tl.int64) * size + rows
     tl.store(delta_ptr + to, tl.where(keys == 1, 0.0, delta) - d_lse, mask=real)
-    tl.store(lse2_ptr + to, lse * LOG2_E, mask=real)
+    tl.store(lse2_ptr + to, tl.where(keys == 1, float("inf"), lse * LOG2_E), mask=real)
 
 
 @triton.jit
@@ -72,7 +73,9 @@ def add_to_queries(
     d_weights = dot_rows(d_out1, d_out2, v1, v2, D2)
     if MASKED:
         visible = (row_start[:, None] <= keys[None, :]) & (keys[None, :] < row_end[:, None])
-        d_weights = tl.where((row_end - row_start == 1)[:, None], 0.0, d_weights)
+        single = (lse2 == float("inf"))[:, None]
+        weights = tl.where(single, 1.0, weights)
+        d_weights = tl.where(single, 0.0, d_weights)
         d_scores = tl.where(visible, weights * (d_weights - delta[:, None]), 0.0)
     else:
         d_scores = weights * (d_weights - delta[:, None])
@@ -146,7 +149,7 @@ def queries_kernel(
 @triton.jit
 def add_to_keys(
     k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
-    q_ptr, d_out_ptr, lse2_ptr, delta_ptr, start_ptr, end_ptr, q_token, d_out_token,
+    q_ptr, d_out_ptr, lse2_ptr, delta_ptr, q_token, d_out_token,
     begin, stop, scale,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -157,10 +160,6 @@ def add_to_keys(
     inside = queries < stop
     here = begin.to(tl.int64)
     if MASKED:
-        # Rows that see nothing may hold anything, NaN too: they are read as 0.
-        query_start = tl.load(start_ptr + queries, mask=inside, other=0)
-        query_end = tl.load(end_ptr + queries, mask=inside, other=0)
-        inside = query_start < query_end
         lse2 = tl.load(lse2_ptr + queries, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + queries, mask=inside, other=0.0)
     else:
@@ -174,7 +173,9 @@ def add_to_keys(
     d_weights = dot_rows(v1, v2, d_out1, d_out2, D2)
     if MASKED:
         visible = (row_start[:, None] <= queries[None, :]) & (queries[None, :] < row_end[:, None])
-        d_weights = tl.where((query_end - query_start == 1)[None, :], 0.0, d_weights)
+        single = (lse2 == float("inf"))[None, :]
+        weights = tl.where(single, 1.0, weights)
+        d_weights = tl.where(single, 0.0, d_weights)
         d_scores = tl.where(visible, weights * (d_weights - delta[None, :]), 0.0).to(q1.dtype)
         weights = tl.where(visible, weights, 0.0).to(q1.dtype)
     else:
@@ -190,8 +191,8 @@ def add_to_keys(
 
 @triton.jit(do_not_specialize=["num_tiles", "programs", "num_queries"])
 def keys_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse2_ptr, delta_ptr, start_ptr, end_ptr,
-    key_start_ptr, key_end_ptr, tiles_ptr, d_k_ptr, d_v_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse2_ptr, delta_ptr, start_ptr, end_ptr, tiles_ptr,
+    d_k_ptr, d_v_ptr,
     q_token, q_head, k_token, k_head, v_token, v_head, heads, group,
     num_tiles, programs, num_queries, scale, softmax_scale,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
@@ -206,8 +207,7 @@ def keys_kernel(
     q_token *= UNIT
     k_token *= UNIT
     v_token *= UNIT
-    q_head = q_head.to(tl.int64) * UNIT
-    q_ptr += first_head * q_head
+    q_ptr += first_head * q_head * UNIT
     k_ptr += kv_head.to(tl.int64) * k_head * UNIT
     v_ptr += kv_head.to(tl.int64) * v_head * UNIT
     d_out_ptr += first_head * D
@@ -218,14 +218,14 @@ def keys_kernel(
     while first < last:
         rows = first + offs
         real = rows < last
-        row_start = tl.load(key_start_ptr + rows, mask=real, other=0)
-        row_end = tl.load(key_end_ptr + rows, mask=real, other=0)
+        row_start = tl.load(start_ptr + rows, mask=real, other=0)
+        row_end = tl.load(end_ptr + rows, mask=real, other=0)
         here = first.to(tl.int64)
         k1, k2 = load_rows(k_ptr + here * k_token, k_token, offs, real, D, D1, D2, True)
         v1, v2 = load_rows(v_ptr + here * v_token, v_token, offs, real, D, D1, D2, True)
         final = tl.minimum(first + ROWS, last) - 1
         begin, stop, count, whole_from, whole_to = tile_blocks(
-            key_start_ptr, key_end_ptr, first, final, num_queries, COLUMNS
+            start_ptr, end_ptr, first, final, num_queries, COLUMNS
         )
         if final == first:  # queries that see this key alone need the masked step
             whole_to = whole_from
@@ -241,10 +241,10 @@ def keys_kernel(
             block = tl.where(edge < whole_from, edge, edge + whole)
             d_k1, d_k2, d_v1, d_v2 = add_to_keys(
                 k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
-                q_ptr + head * q_head, d_out_ptr + head * D,
+                q_ptr + head.to(tl.int64) * q_head * UNIT, d_out_ptr + head * D,
                 lse2_ptr + head.to(tl.int64) * num_queries,
                 delta_ptr + head.to(tl.int64) * num_queries,
-                start_ptr, end_ptr, q_token, heads * D, begin + block * COLUMNS, stop, scale,
+                q_token, heads * D, begin + block * COLUMNS, stop, scale,
                 D, D1, D2, COLUMNS, True,
             )  # fmt: skip
         for i in range(whole * group):
@@ -252,10 +252,10 @@ def keys_kernel(
             block = whole_from + i % whole
             d_k1, d_k2, d_v1, d_v2 = add_to_keys(
                 k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
-                q_ptr + head * q_head, d_out_ptr + head * D,
+                q_ptr + head.to(tl.int64) * q_head * UNIT, d_out_ptr + head * D,
                 lse2_ptr + head.to(tl.int64) * num_queries,
                 delta_ptr + head.to(tl.int64) * num_queries,
-                start_ptr, end_ptr, q_token, heads * D, begin + block * COLUMNS, stop, scale,
+                q_token, heads * D, begin + block * COLUMNS, stop, scale,
                 D, D1, D2, COLUMNS, False,
             )  # fmt: skip
         at = (here * kv_heads + kv_head) * D

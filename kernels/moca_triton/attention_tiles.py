@@ -63,13 +63,15 @@ def load_piece(
     """
     columns = FROM + tl.arange(0, WIDTH)
     ptrs = ptr + rows[:, None] * token + columns[None, :]
-    if FROM + WIDTH > D:
-        if MASKED:
-            return tl.load(ptrs, mask=seen[:, None] & (columns < D)[None, :], other=0.0)
-        return tl.load(ptrs, mask=(columns < D)[None, :], other=0.0)
-    if MASKED:
-        return tl.load(ptrs, mask=seen[:, None], other=0.0)
-    return tl.load(ptrs)
+    if FROM + WIDTH > D and MASKED:
+        piece = tl.load(ptrs, mask=seen[:, None] & (columns < D)[None, :], other=0.0)
+    elif FROM + WIDTH > D:
+        piece = tl.load(ptrs, mask=(columns < D)[None, :], other=0.0)
+    elif MASKED:
+        piece = tl.load(ptrs, mask=seen[:, None], other=0.0)
+    else:
+        piece = tl.load(ptrs)
+    return piece
 
 
 @triton.jit
@@ -79,9 +81,10 @@ def load_rows(
 ):  # fmt: skip
     """Both pieces of some rows; where D2 is 0, the second stands for nothing and is not used."""
     first = load_piece(ptr, token, rows, seen, 0, D1, D, MASKED)
-    if D2 == 0:
-        return first, first
-    return first, load_piece(ptr, token, rows, seen, D1, D2, D, MASKED)
+    second = first
+    if D2 > 0:
+        second = load_piece(ptr, token, rows, seen, D1, D2, D, MASKED)
+    return first, second
 
 
 @triton.jit
