@@ -44,8 +44,8 @@ class Launch:
 def launch(arch: int, dim: int, itemsize: int) -> Launch:
     """What suits a GPU of compute capability arch / 10, heads of `dim` and numbers of `itemsize`.
 
-    Chosen by shared memory (227 KB a program from 9.0, 163 KB on 8.0, else 99 KB) and so that
-    nothing spills from 255 registers a thread; no measurement stands behind it yet.
+    Chosen by shared memory (227 KB a program from 9.0, 163 KB on 8.0, else 99 KB) and so that sums
+    stay in the 255 registers of a thread; no measurement stands behind it yet.
     """
     if itemsize == 4:  # multiplied outside the matrix units
         return Launch(*[Blocks(32, 32, 4, 1)] * 3)
@@ -103,6 +103,7 @@ def backward(
     given_scale = softmax_scale
     q, softmax_scale = _rising(q, softmax_scale)
     q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
+    d_lse = d_lse.to(torch.float32).contiguous()
     start, end, tiles, key_start, key_end, key_tiles = mask
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     queries, heads, _ = q.shape
@@ -115,7 +116,7 @@ def backward(
         blocks = _launch(q)
         first, second = pieces(q.shape[2])
         rows_kernel[(-(-queries // TERM_ROWS), heads)](
-            out, d_out, lse, lse_rest, d_lse.to(torch.float32).contiguous(), start, end, lse2, delta,
+            out, d_out, lse, lse_rest, d_lse, start, end, lse2, delta,
             size=queries, heads=heads, D=q.shape[2], D1=first, D2=second, ROWS=TERM_ROWS,
         )  # fmt: skip
         programs = _programs(tiles)
@@ -178,5 +179,5 @@ def _tuning(blocks: Blocks) -> dict[str, int]:
 
 def _launch(q: Tensor) -> Launch:
     if INTERPRETED:  # small blocks, so that small tests have many
-        return Launch(*[Blocks(32, 16, 1, 1)] * 3)
+        return Launch(*[Blocks(32, 32, 1, 1)] * 3)
     return launch(driver.active.get_current_target().arch, q.shape[2], q.element_size())

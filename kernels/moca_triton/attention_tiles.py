@@ -1,4 +1,4 @@
-"""What the attention kernels share: walking the tile plan, the blocks of a tile, heads in two pieces.
+"""What the attention kernels share: walking the plan, the blocks of a tile, heads in two pieces.
 
 A program takes tiles of the plan, and of each tile ROWS rows at a time. What these rows need of the
 other side is cut into blocks of COLUMNS, of which only those at the edges of spans need a mask.

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moca_fast import SpanMask
+from moca_fast.tile_plan import device_tiles
 
 
 def cu(*lengths: int) -> Tensor:
@@ -101,6 +102,20 @@ def test_tiles_follow_documents():
     assert tiles[0] == [0, 120, 0, 120]
     assert tiles[1:3] == [[120, 240, 120, 240], [240, 368, 240, 740]]
     assert [t[1] - t[0] for t in tiles] == [120, 120, 128, 128, 128, 116, 8]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(span_masks(), st.integers(1, 20))
+def test_device_plan_has_the_same_tiles(mask, rows):
+    """Made by other means on accelerators, longest first; unused tiles are 0 and come last."""
+    host = mask.tiles(rows)
+    device = device_tiles(mask.start, mask.end, rows, len(host))
+    assert device.shape == host.shape and device.dtype == host.dtype
+    assert sorted(device.tolist()) == sorted(host.tolist())
+    used = [t for t in device.tolist() if t[1] > t[0]]
+    assert not device[len(used) :].any()
+    keys = [t[3] - t[2] for t in used]
+    assert keys == sorted(keys, reverse=True)
 
 
 def test_plans_are_made_once():
