@@ -47,8 +47,9 @@ def launch(arch: int, dim: int, itemsize: int) -> Launch:
     Chosen by shared memory (227 KB a program from 9.0, 163 KB on 8.0, else 99 KB) and so that sums
     stay in the 255 registers of a thread; no measurement stands behind it yet.
     """
-    if itemsize == 4:  # multiplied outside the matrix units
-        return Launch(*[Blocks(32, 32, 4, 1)] * 3)
+    if itemsize == 4:  # multiplied outside the matrix units, from registers that hold whole rows
+        side = 32 if dim <= 96 else 16
+        return Launch(*[Blocks(side, side, 4, 1)] * 3)
     wide = dim > 128
     if 90 <= arch < 120:
         if wide:
