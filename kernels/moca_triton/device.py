@@ -9,6 +9,11 @@ from torch import Tensor
 # the way to check them where there is no GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    from moca_triton.interpreter import repair
+
+    repair()
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
