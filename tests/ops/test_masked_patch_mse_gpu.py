@@ -25,10 +25,12 @@ def test_exact(shape, dtype, normalize, backend):
     check(op, plain(patches, index, normalize), [pred], dtype)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.uint8)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
 def test_exact_in_mixed_precision(dtypes, backend):
     pred, patches, index = on_device(20, 30, 48)
-    patches = patches.clamp(0, 255).to(dtypes[1]).float()
+    patches = patches.to(dtypes[1])
     op = ours(patches, index, normalize=True, backend=backend)
     check(op, plain(patches, index, True), [pred], dtypes[0])
 

@@ -8,7 +8,7 @@ from test_pool import boundaries, plain
 
 import moca_fast
 
-# Chunks of tokens are 16 long where there are few: documents inside one, cut by it, filling several.
+# Where tokens are few a chunk has 16: documents lie inside one, are cut by it, or fill several.
 LENGTHS = [[1], [3, 0, 5], [0, 0], [17, 1, 0, 64, 2], [16, 16, 0, 32], [5, 40, 3, 1, 1, 1, 9]]
 LARGE = [[20_000, 7, 0, 13_000], [1] * 3000, [17] * 4000]
 pytestmark = pytest.mark.parametrize("backend", GPU_BACKENDS)
