@@ -98,11 +98,11 @@ class Work:
         """The inputs that receive gradients, seeded, in the layout and dtype of this package."""
         raise NotImplementedError
 
-    def d_out(self, device: str) -> Tensor:
-        """The gradient that comes from above; of a loss, 1."""
+    def d_out(self, device: str) -> Tensor | tuple[Tensor, ...]:
+        """The gradient that comes from above, of each result if there are several; of a loss, 1."""
         return torch.ones((), device=device)
 
-    def plain(self, *leaves: Any, **_: Any) -> Tensor:
+    def plain(self, *leaves: Any, **_: Any) -> Tensor | tuple[Tensor, ...]:
         """The result in eager torch, in the dtype of the leaves; in float64 it is the oracle."""
         raise NotImplementedError
 
@@ -143,16 +143,16 @@ class Call:
     """One way to do a work.
 
     Args:
-        function: of the leaves; what is timed, with its backward.
+        function: of the leaves, to one result or a tuple; what is timed, with its backward.
         leaves: the inputs that receive gradients, in the layout this way wants.
-        d_out: gradient from above, in the layout of its result.
+        d_out: gradient from above, in the layout of its result, for each if there are several.
         undo: brings the result, or the gradient of a leaf, into the layout of the work.
         info: what else is to be saved with the time.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
     leaves: Sequence[Tensor]
-    d_out: Tensor
+    d_out: Tensor | tuple[Tensor, ...]
     undo: Callable[[Tensor], Tensor] = lambda tensor: tensor
     info: dict[str, Any] = field(default_factory=dict)
     backward: bool = True
@@ -163,15 +163,21 @@ class Call:
         return self
 
     def run(self) -> tuple[Tensor, ...]:
-        """The result, and the gradients of all leaves if there is a backward."""
-        out = self.function(*self.leaves)
+        """The results, and the gradients of all leaves if there is a backward."""
+        out = _several(self.function(*self.leaves))
         if not self.backward:
-            return (out,)
-        return (out.detach(), *torch.autograd.grad(out, self.leaves, self.d_out.to(out.dtype)))
+            return out
+        d_out = [d.to(o.dtype) for d, o in zip(_several(self.d_out), out, strict=True)]
+        gradients = torch.autograd.grad(out, self.leaves, d_out)
+        return (*(o.detach() for o in out), *gradients)
 
     def report(self) -> dict[str, Any]:
         """What else is to be saved with the time, found after it was taken."""
         return self.info
+
+
+def _several(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ class Runner:
     """
 
     name: str
-    build: Callable[[Any, tuple[Tensor, ...], Tensor], Call]
+    build: Callable[[Any, tuple[Tensor, ...], Any], Call]
     package: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     yardstick: bool = False
@@ -216,9 +222,9 @@ def check(call: Call, expected: Sequence[Expected], dtype: torch.dtype, factor: 
     Returns:
         The largest error of all, as a fraction of the error that was allowed.
     """
-    worst = 0.0
+    worst, results = 0.0, len(expected) - (len(call.leaves) if call.backward else 0)
     for place, (got, want) in enumerate(zip(call.run(), expected, strict=True)):
-        name = f"gradient {place - 1}" if place else "result"
+        name = f"gradient {place - results}" if place >= results else "result"
         error = largest_difference(call.undo(got), want.exact)
         rounding = torch.finfo(dtype).eps * float(want.exact.abs().max())
         allowed = factor * want.plain_error + rounding
@@ -268,7 +274,7 @@ class DeviceTime:
 
 
 @lru_cache(maxsize=1)  # of the group at hand: these arrays are large
-def _problem(work: Work, device: str) -> tuple[tuple[Tensor, ...], Tensor, list[Expected]]:
+def _problem(work: Work, device: str) -> tuple[tuple[Tensor, ...], Any, list[Expected]]:
     return work.leaves(device), work.d_out(device), work.expected(device)
 
 

@@ -10,6 +10,7 @@ from moca_fast.ops.attention.op import attention
 from moca_fast.ops.info_nce.op import info_nce
 from moca_fast.ops.linear_cross_entropy.op import linear_cross_entropy
 from moca_fast.ops.masked_patch_mse.op import masked_patch_mse
+from moca_fast.ops.mrope.op import mrope
 from moca_fast.ops.patchify.op import CLIP_MEAN, CLIP_STD, patchify
 from moca_fast.ops.pool.op import pool
 from moca_fast.span_mask import SpanMask
@@ -28,6 +29,7 @@ __all__ = [
     "info_nce",
     "linear_cross_entropy",
     "masked_patch_mse",
+    "mrope",
     "patchify",
     "pool",
     "use_backend",

@@ -2,7 +2,8 @@
 
 Importing this module registers the attention function and its mask interface. Packed batches name
 their documents with the forward arguments of `packed_kwargs`; padded ones are unpadded here.
-`make_bidirectional` turns a causal language model into a MoCa encoder (arXiv 2506.23115).
+`make_bidirectional` turns a causal language model into a MoCa encoder (arXiv 2506.23115), and
+`use_mrope` lets its layers turn queries and keys by `moca_fast.mrope`.
 
 B rows of a batch, Q queries and K keys a row, T packed tokens, H / Hkv heads, D dim of a head.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from moca_fast.integrations._rotary import use_mrope
 from moca_fast.integrations._selftest import check_bidirectional, check_isolated
 from moca_fast.integrations._spans import (
     MaskRequest,
@@ -27,6 +29,14 @@ from moca_fast.integrations._spans import (
 )
 from moca_fast.ops.attention.op import attention
 from moca_fast.span_mask import SpanMask
+
+__all__ = [
+    "attention_forward",
+    "make_bidirectional",
+    "pack_vision",
+    "packed_kwargs",
+    "use_mrope",
+]
 
 NAME = "moca_fast"
 # Arguments of other attention functions that change the result and that the op does not have.

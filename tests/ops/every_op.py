@@ -52,6 +52,13 @@ def masked_patch_mse(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     return moca_fast.masked_patch_mse(pred, patches, index, normalize=True), [pred]
 
 
+def mrope(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    q, k = random(49, 3, 26, dtype=dtype), random(49, 1, 26, dtype=dtype)
+    cos, sin = torch.randn(2, 3, 49, 26).to(dtype)
+    out = moca_fast.mrope(q, k, cos, sin, mrope_section=[5, 4, 4], interleaved=True)
+    return torch.cat([x.flatten(1) for x in out], dim=1), [q, k]
+
+
 def patchify(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     image = torch.randint(256, (66, 154, 3), dtype=torch.uint8)
     return moca_fast.patchify(image, patch_size=11, temporal_patch_size=1, dtype=dtype), []
@@ -70,6 +77,7 @@ CALLS = {
         info_nce,
         linear_cross_entropy,
         masked_patch_mse,
+        mrope,
         patchify,
         pool,
     )

@@ -19,7 +19,14 @@ WITHOUT_GRADIENT = {"patchify"}  # its input is bytes
 
 
 def test_the_ops_are_there():
-    expected = {"attention", "info_nce", "linear_cross_entropy", "masked_patch_mse", "pool"}
+    expected = {
+        "attention",
+        "info_nce",
+        "linear_cross_entropy",
+        "masked_patch_mse",
+        "pool",
+        "mrope",
+    }
     assert expected | WITHOUT_GRADIENT <= set(OPS)
 
 

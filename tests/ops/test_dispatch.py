@@ -11,7 +11,15 @@ import moca_fast
 from moca_fast import SpanMask, _dispatch, attention, backends, explain, use_backend
 from moca_fast.__main__ import report
 
-OPS = ("attention", "info_nce", "linear_cross_entropy", "masked_patch_mse", "patchify", "pool")
+OPS = (
+    "attention",
+    "info_nce",
+    "linear_cross_entropy",
+    "masked_patch_mse",
+    "mrope",
+    "patchify",
+    "pool",
+)
 MASK = SpanMask.full(torch.tensor([0, 3, 7], dtype=torch.int32))
 
 

@@ -42,7 +42,8 @@ def masked_patch_mse(
         ValueError: shapes or devices that do not fit, `patches` that requires a gradient, or a
             backend that cannot run the call.
         TypeError: a wrong dtype, or not a tensor.
-        IndexError: an entry of `index` outside 0 to N - 1.
+        IndexError: an entry of `index` outside 0 to N - 1. The kernels for GPUs, which never wait
+            for the device, make the loss and that row's gradient NaN instead.
     """
     pred, patches, index = inputs(pred, patches, index, normalize=normalize)
     backend = _dispatch.requested(backend)

@@ -41,7 +41,9 @@ def pool(
 
     Raises:
         ValueError: shapes, devices or boundaries that do not fit, an unknown mode, or a backend
-            that cannot run the call.
+            that cannot run the call. The kernels for GPUs, which never wait for the device, do not
+            look at all boundaries first: a document that begins after its end or ends past T
+            pools to NaN.
         TypeError: a wrong dtype, or not a tensor.
     """
     hidden, cu_seqlens = inputs(hidden, cu_seqlens, mode=mode, normalize=normalize)
