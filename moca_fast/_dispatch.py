@@ -2,7 +2,8 @@
 
 An op is a folder of `moca_fast/ops`; a backend of it is the module of that name beside `op.py`
 (`moca_triton.<op>` for Triton) with three functions: `unsupported(*inputs) -> reason | None`,
-`forward` and `backward`. Nothing is registered anywhere: the module path is the registration.
+`forward` and `backward`; those of a loss whose backward would repeat the work of its forward have
+`forward_with_gradients` too. Nothing is registered anywhere: the module path is the registration.
 """
 
 import os
@@ -80,6 +81,10 @@ class Kernel:
     def backward(self, *inputs: Any) -> Any:
         with self._as_given(inputs):
             return self.module.backward(*inputs)
+
+    def forward_with_gradients(self, *inputs: Any) -> Any:
+        with self._as_given(inputs):
+            return self.module.forward_with_gradients(*inputs)
 
     @staticmethod
     def _as_given(inputs: tuple) -> torch.autocast:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._gradients import empty_gradients, keep_gradients, scaled_gradients
 
 OP = "info_nce"
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,7 +47,8 @@ def info_nce(
     loss[b] = log(sum over j of exp(s[b, j]) + sum over k of exp(h[b, k])) - s[b, target[b]],
     s = query . document / temperature, h[b, k] = query[b] . hard_negatives[b, k] / temperature.
     Nothing is normalised here: for the cosine similarity pass vectors of unit length, as
-    `moca_fast.pool` gives them.
+    `moca_fast.pool` gives them. Where a gradient will be needed and the reduction is "mean" or
+    "sum", it is made along with the loss, of the same scores, and kept for the backward.
 
     Args:
         query: (B, D) float32, bfloat16, float16 or float64; receives a gradient.
@@ -82,10 +84,15 @@ def info_nce(
         document_ids=document_ids,
         reduction=reduction,
     )
-    loss = torch.ops.moca_fast.info_nce(*tensors, _dispatch.requested(backend))[0]
+    call = (*tensors, _dispatch.requested(backend))
+    needs = [t is not None and t.requires_grad for t in _with_gradient(*tensors)]
     if reduction == "none":
-        return loss
-    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+        return torch.ops.moca_fast.info_nce(*call)[0]
+    if torch.is_grad_enabled() and any(needs):
+        loss = torch.ops.moca_fast.info_nce_with_gradients(*call, needs)[0]
+    else:
+        loss = torch.ops.moca_fast.info_nce(*call)[0].sum()
+    return loss if reduction == "sum" else loss / max(query.shape[0], 1)
 
 
 def inputs(
@@ -151,6 +158,18 @@ def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     return torch.full((), temperature, dtype=dtype, device=query.device)
 
 
+def _with_gradient(
+    query: Tensor,
+    document: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    hard_negatives: Tensor | None,
+    *ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The inputs that receive gradients, in the order in which backends give those."""
+    return query, document, hard_negatives, temperature
+
+
 @torch.library.custom_op("moca_fast::info_nce", mutates_args=())
 def _forward(
     query: Tensor,
@@ -188,6 +207,28 @@ def _backward(
     return kernel.backward(d_loss, lse, needs, *tensors)
 
 
+@torch.library.custom_op("moca_fast::info_nce_with_gradients", mutates_args=())
+def _forward_with_gradients(
+    query: Tensor,
+    document: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    hard_negatives: Tensor | None,
+    query_ids: Tensor | None,
+    document_ids: Tensor | None,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum of the loss (), and its gradients by query, document, hard_negatives and temperature;
+    (0,) where not needed.
+
+    A backward that starts from the lse makes all scores again: four products in place of three.
+    """
+    tensors = (query, document, target, temperature, hard_negatives, query_ids, document_ids)
+    kernel = _dispatch.select(OP, backend, *tensors)
+    return kernel.forward_with_gradients(needs, *tensors)
+
+
 @_forward.register_fake
 def _(query, document, target, temperature, hard_negatives, query_ids, document_ids, backend):
     batch = query.shape[0]
@@ -195,13 +236,16 @@ def _(query, document, target, temperature, hard_negatives, query_ids, document_
 
 
 @_backward.register_fake
-def _(d_loss, lse, query, document, target, temperature, hard_negatives, *rest):
-    needs = rest[-2]
-    shaped = (query, document, hard_negatives, temperature)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else query.new_empty(0)
-        for t, need in zip(shaped, needs, strict=True)
-    )
+def _(d_loss, lse, *rest):
+    *tensors, needs, _backend = rest
+    return empty_gradients(_with_gradient(*tensors), needs)
+
+
+@_forward_with_gradients.register_fake
+def _(*inputs):
+    *tensors, _backend, needs = inputs
+    wanted = _with_gradient(*tensors)
+    return wanted[-1].new_empty(()), *empty_gradients(wanted, needs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -210,8 +254,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, d_loss, d_lse):
-    needs = ctx.needs_input_grad
-    needs = [needs[0], needs[1], needs[4], needs[3]]
+    needs = list(_with_gradient(*ctx.needs_input_grad))
     grads = torch.ops.moca_fast.info_nce_backward(d_loss, *ctx.saved_tensors, needs, ctx.backend)
     query, document, hard, temperature = (
         grad if need else None for grad, need in zip(grads, needs, strict=True)
@@ -219,4 +262,15 @@ def _autograd(ctx, d_loss, d_lse):
     return query, document, None, temperature, hard, None, None, None
 
 
+def _keep_gradients(ctx, inputs, output):
+    ctx.needs = inputs[-1]
+    keep_gradients(ctx, output)
+
+
+def _autograd_of_sum(ctx, d_loss, *_):
+    query, document, hard, temperature = scaled_gradients(ctx, d_loss, ctx.needs)
+    return query, document, None, temperature, hard, None, None, None, None
+
+
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_with_gradients.register_autograd(_autograd_of_sum, setup_context=_keep_gradients)

@@ -58,6 +58,11 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
     )
 
 
+def forward_with_gradients(needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
+    loss, lse = forward(*tensors)
+    return loss.sum(), *backward(torch.ones_like(loss), lse, needs, *tensors)
+
+
 def _scores(rows: Tensor, inputs: Inputs) -> Tensor:
     """(rows, M + K) scores of some queries; -inf where a document is no negative."""
     query, document, target, temperature, hard_negatives, query_ids, document_ids = inputs

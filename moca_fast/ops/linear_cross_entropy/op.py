@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._gradients import empty_gradients, keep_gradients, scaled_gradients
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,7 +31,8 @@ def linear_cross_entropy(
 
     loss[t] = log(sum over v of exp(z[t, v])) - z[t, labels[t]], z[t, v] = hidden[t] . weight[v]
     + bias[v], accumulated in float32. A row whose label is `ignore_index` costs nothing, counts
-    for nothing and gets zero gradient.
+    for nothing and gets zero gradient. Where a gradient will be needed and the reduction is "mean"
+    or "sum", it is made along with the loss, of the same logits, and kept for the backward.
 
     Args:
         hidden: (T, D) float32, bfloat16, float16 or float64; receives a gradient. Under autocast,
@@ -55,15 +57,15 @@ def linear_cross_entropy(
     hidden, weight, labels, bias = inputs(
         hidden, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction
     )
-    backend = _dispatch.requested(backend)
-    loss = torch.ops.moca_fast.linear_cross_entropy(
-        hidden, weight, labels, bias, ignore_index, backend
-    )[0]
+    call = (hidden, weight, labels, bias, ignore_index, _dispatch.requested(backend))
+    needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
+        return torch.ops.moca_fast.linear_cross_entropy(*call)[0]
+    if torch.is_grad_enabled() and any(needs):
+        loss = torch.ops.moca_fast.linear_cross_entropy_with_gradients(*call, needs)[0]
+    else:
+        loss = torch.ops.moca_fast.linear_cross_entropy(*call)[0].sum()
+    return loss if reduction == "sum" else loss / (labels != ignore_index).sum().clamp(min=1)
 
 
 def inputs(
@@ -135,6 +137,24 @@ def _backward(
     return kernel.backward(d_loss, lse, hidden, weight, labels, bias, ignore_index, needs)
 
 
+@torch.library.custom_op("moca_fast::linear_cross_entropy_with_gradients", mutates_args=())
+def _forward_with_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum of the loss (), and its gradients by hidden, weight and bias; (0,) where not needed.
+
+    A backward that starts from the lse makes all logits again: four products in place of three.
+    """
+    kernel = _dispatch.select(OP, backend, hidden, weight, labels, bias)
+    return kernel.forward_with_gradients(hidden, weight, labels, bias, ignore_index, needs)
+
+
 @_forward.register_fake
 def _(hidden, weight, labels, bias, ignore_index, backend):
     tokens = hidden.shape[:1]
@@ -146,10 +166,13 @@ def _(hidden, weight, labels, bias, ignore_index, backend):
 
 @_backward.register_fake
 def _(d_loss, lse, hidden, weight, labels, bias, ignore_index, needs, backend):
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
-        for t, need in zip((hidden, weight, bias), needs, strict=True)
-    )
+    return empty_gradients((hidden, weight, bias), needs)
+
+
+@_forward_with_gradients.register_fake
+def _(hidden, weight, labels, bias, ignore_index, backend, needs):
+    loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return loss, *empty_gradients((hidden, weight, bias), needs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -166,4 +189,15 @@ def _autograd(ctx, d_loss, d_lse):
     return hidden, weight, None, bias, None, None
 
 
+def _keep_gradients(ctx, inputs, output):
+    ctx.needs = inputs[-1]
+    keep_gradients(ctx, output)
+
+
+def _autograd_of_sum(ctx, d_loss, *_):
+    hidden, weight, bias = scaled_gradients(ctx, d_loss, ctx.needs)
+    return hidden, weight, None, bias, None, None, None
+
+
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_with_gradients.register_autograd(_autograd_of_sum, setup_context=_keep_gradients)

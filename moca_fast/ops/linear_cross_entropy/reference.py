@@ -53,6 +53,19 @@ def backward(
     )
 
 
+def forward_with_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (hidden, weight, labels, bias, ignore_index)
+    loss, lse = forward(*inputs)
+    return loss.sum(), *backward(torch.ones_like(loss), lse, *inputs, needs)
+
+
 def counted_rows(labels: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
     """Indices of the rows that are not ignored; their labels are checked."""
     rows = (labels != ignore_index).nonzero()[:, 0]

@@ -1,0 +1,248 @@
+"""What a chunk of scores goes through between its products; launched by softmax_scores.py.
+
+A program takes ROWS whole rows, COLS scores of each at a time. Scores are float32, `width` in a row
+and `pitch` from row to row; the first `cols` columns are shared, the rest are a row's own. What
+fills a row up to `pitch` is read and written too, though it means nothing: only masks that end at a
+multiple of 16 let accesses be 16 bytes wide. Row 0 is the chunk's first. Pointers that are None
+stand for what the problem does not have.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: below every score, yet no infinity
+
+
+@triton.jit
+def _inverse(value_ptr):
+    """1 / value as the sum of two float32: scores are large where it is, so are their roundings."""
+    value = tl.load(value_ptr).to(tl.float64)
+    inverse = 1.0 / value
+    high = inverse.to(tl.float32)
+    return high, (inverse - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def _finished(scores, bias_ptr, offs_c, has_bias, temperature_ptr, scale, scale_rest):
+    """The scores of products: bias added, over the temperature."""
+    if bias_ptr is not None:
+        scores += tl.load(bias_ptr + offs_c, has_bias, other=0.0).to(tl.float32)
+    if temperature_ptr is not None:
+        scores = tl.fma(scores, scale, scores * scale_rest)
+    return scores
+
+
+@triton.jit
+def _scores(
+    scores_ptr,
+    bias_ptr,
+    temperature_ptr,
+    row_ids_ptr,
+    col_ids_ptr,
+    offs_r,
+    offs_c,
+    target,
+    row_ids,
+    scale,
+    scale_rest,
+    rows,
+    cols,
+    width,
+    pitch,
+):
+    """(ROWS, COLS) finished scores; -inf for those that do not exist or are left out."""
+    in_memory = (offs_r < rows)[:, None] & (offs_c < pitch)[None, :]
+    scores = tl.load(scores_ptr + offs_r[:, None] * pitch + offs_c[None, :], in_memory, other=0.0)
+    exists = (offs_r < rows)[:, None] & (offs_c < width)[None, :]
+    shared = (offs_c < cols)[None, :]
+    scores = _finished(
+        scores, bias_ptr, offs_c[None, :], shared, temperature_ptr, scale, scale_rest
+    )
+    if row_ids_ptr is not None:
+        col_ids = tl.load(col_ids_ptr + offs_c, offs_c < cols, other=0)[None, :]
+        same = (row_ids[:, None] == col_ids) & shared & (offs_c[None, :] != target[:, None])
+        exists = exists & (same == 0)
+    return tl.where(exists, scores, float("-inf"))
+
+
+@triton.jit
+def statistics_kernel(
+    scores_ptr,
+    target_ptr,
+    bias_ptr,
+    temperature_ptr,
+    row_ids_ptr,
+    col_ids_ptr,
+    loss_ptr,
+    lse_ptr,
+    rows,
+    cols,
+    width,
+    pitch,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Loss and logsumexp of each row."""
+    offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = offs_r < rows
+    target = tl.load(target_ptr + offs_r, in_rows, other=0)
+    row_ids = target
+    if row_ids_ptr is not None:
+        row_ids = tl.load(row_ids_ptr + offs_r, in_rows, other=0)
+    scale, scale_rest = 1.0, 0.0
+    if temperature_ptr is not None:
+        scale, scale_rest = _inverse(temperature_ptr)
+    # Each lane keeps a peak of its own, so that nothing is exchanged before the end of the row.
+    peak = tl.full((ROWS, COLS), LOWEST, tl.float32)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, width, COLS):
+        offs_c = start + tl.arange(0, COLS)
+        scores = _scores(
+            scores_ptr,
+            bias_ptr,
+            temperature_ptr,
+            row_ids_ptr,
+            col_ids_ptr,
+            offs_r,
+            offs_c,
+            target,
+            row_ids,
+            scale,
+            scale_rest,
+            rows,
+            cols,
+            width,
+            pitch,
+        )
+        # Of exp(old peak - new peak) and exp(score - new peak) one is 1: one exponential serves.
+        ratio = tl.exp(-tl.abs(scores - peak))
+        total = tl.where(scores > peak, total * ratio + 1.0, total + ratio)
+        peak = tl.maximum(peak, scores)
+    top = tl.max(peak, axis=1)
+    log_sum = tl.log(tl.sum((total * tl.exp(peak - top[:, None])).to(tl.float64), axis=1))
+    has_target = in_rows & (target >= 0) & (target < cols)
+    own = tl.load(scores_ptr + offs_r * pitch + target, has_target, other=float("nan"))
+    own = _finished(own, bias_ptr, target, has_target, temperature_ptr, scale, scale_rest)
+    # Not lse - own: nothing cancels where the target has the top score.
+    loss = log_sum + (top.to(tl.float64) - own.to(tl.float64))
+    tl.store(loss_ptr + offs_r, loss.to(tl.float32), in_rows)
+    tl.store(lse_ptr + offs_r, top.to(tl.float64) + log_sum, in_rows)
+
+
+@triton.jit
+def gradient_kernel(
+    scores_ptr,
+    target_ptr,
+    bias_ptr,
+    temperature_ptr,
+    row_ids_ptr,
+    col_ids_ptr,
+    d_loss_ptr,
+    lse_ptr,
+    d_scores_ptr,
+    moment_ptr,
+    rows,
+    cols,
+    width,
+    pitch,
+    d_pitch,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Gradients of the products, in place of the scores: the same bytes, if need be of a narrower
+    dtype; and of each row the sum of d_score * (score - lse), which is that of d_score * score."""
+    offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = offs_r < rows
+    target = tl.load(target_ptr + offs_r, in_rows, other=0)
+    row_ids = target
+    if row_ids_ptr is not None:
+        row_ids = tl.load(row_ids_ptr + offs_r, in_rows, other=0)
+    scale, scale_rest = 1.0, 0.0
+    if temperature_ptr is not None:
+        scale, scale_rest = _inverse(temperature_ptr)
+    d_loss = tl.load(d_loss_ptr + offs_r, in_rows, other=0.0)[:, None]
+    lse = tl.load(lse_ptr + offs_r, in_rows, other=0.0)
+    lse_high = lse.to(tl.float32)
+    lse_rest = (lse - lse_high.to(tl.float64)).to(tl.float32)[:, None]
+    moment = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, width, COLS):
+        offs_c = start + tl.arange(0, COLS)
+        scores = _scores(
+            scores_ptr,
+            bias_ptr,
+            temperature_ptr,
+            row_ids_ptr,
+            col_ids_ptr,
+            offs_r,
+            offs_c,
+            target,
+            row_ids,
+            scale,
+            scale_rest,
+            rows,
+            cols,
+            width,
+            pitch,
+        )
+        shifted = (scores - lse_high[:, None]) - lse_rest
+        d_scores = tl.exp(shifted)
+        d_scores = tl.where(offs_c[None, :] == target[:, None], d_scores - 1.0, d_scores) * d_loss
+        if moment_ptr is not None:
+            moment += tl.where(scores == float("-inf"), 0.0, d_scores * shifted)
+        if temperature_ptr is not None:
+            d_scores *= scale
+        # A narrower row ends before the scores that are still to be read, but for those of this
+        # block: no warp may write before every warp has read.
+        tl.debug_barrier()
+        in_memory = in_rows[:, None] & (offs_c < pitch)[None, :]
+        offs_d = offs_r[:, None] * d_pitch + offs_c[None, :]
+        tl.store(d_scores_ptr + offs_d, d_scores.to(d_scores_ptr.dtype.element_ty), in_memory)
+    if moment_ptr is not None:
+        tl.store(moment_ptr + offs_r, tl.sum(moment.to(tl.float64), axis=1), in_rows)
+
+
+@triton.jit
+def own_scores_kernel(
+    x_ptr, own_ptr, scores_ptr, count, cols, pitch, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The product of one row of x with one of its own columns."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + row * DIM + offs_d, offs_d < DIM, other=0.0).to(tl.float32)
+        own = tl.load(own_ptr + (row * count + column) * DIM + offs_d, offs_d < DIM, other=0.0)
+        total += x * own.to(tl.float32)
+    tl.store(scores_ptr + row * pitch + cols + column, tl.sum(total, axis=0))
+
+
+@triton.jit
+def own_gradients_kernel(
+    x_ptr,
+    own_ptr,
+    d_scores_ptr,
+    d_x_ptr,
+    d_own_ptr,
+    count,
+    cols,
+    d_pitch,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A row's own columns: their gradients, and what they add to the row's, (rows, D) float32."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_dim = offs_d < DIM
+    x = tl.load(x_ptr + row * DIM + offs_d, in_dim, other=0.0).to(tl.float32)
+    d_x = tl.zeros((BLOCK_D,), tl.float32)
+    for column in range(count):
+        d_score = tl.load(d_scores_ptr + row * d_pitch + cols + column).to(tl.float32)
+        offs_own = (row * count + column) * DIM + offs_d
+        if d_x_ptr is not None:
+            d_x += d_score * tl.load(own_ptr + offs_own, in_dim, other=0.0).to(tl.float32)
+        if d_own_ptr is not None:
+            d_own = (d_score * x).to(d_own_ptr.dtype.element_ty)
+            tl.store(d_own_ptr + offs_own, d_own, in_dim)
+    if d_x_ptr is not None:
+        d_x += tl.load(d_x_ptr + row * DIM + offs_d, in_dim, other=0.0)
+        tl.store(d_x_ptr + row * DIM + offs_d, d_x, in_dim)

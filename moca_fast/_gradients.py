@@ -1,0 +1,39 @@
+"""What ops share that make gradients in the forward: of a sum, so the backward only scales them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What a backward gives, unwritten: contiguous tensors, (0,) where no gradient is needed."""
+    like = tensors[0]
+    assert like is not None
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need and tensor is not None
+        else like.new_empty(0)
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+
+
+def keep_gradients(ctx: Any, output: Sequence[Tensor]) -> None:
+    """Saves output[1:], the gradients that a forward has made of its loss, output[0]."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros as large as the gradients, for their own gradients
+    ctx.save_for_backward(*output[1:])
+
+
+def scaled_gradients(ctx: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The saved gradients times d_loss (), None where not needed.
+
+    As a number d_loss would be rounded to their dtype first on a GPU; as a tensor (1,) it is not.
+    """
+    if d_loss is None:
+        return (None,) * len(needs)
+    return tuple(
+        torch.mul(grad, d_loss.expand(1), out=torch.empty_like(grad)) if need else None
+        for grad, need in zip(ctx.saved_tensors, needs, strict=True)
+    )
