@@ -29,11 +29,13 @@ def keep_gradients(ctx: Any, output: Sequence[Tensor]) -> None:
 def scaled_gradients(ctx: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The saved gradients times d_loss (), None where not needed.
 
-    As a number d_loss would be rounded to their dtype first on a GPU; as a tensor (1,) it is not.
+    As a number d_loss would be rounded to their dtype first on a GPU; as a tensor of one it is not.
     """
     if d_loss is None:
         return (None,) * len(needs)
     return tuple(
-        torch.mul(grad, d_loss.expand(1), out=torch.empty_like(grad)) if need else None
+        torch.mul(grad, d_loss.expand([1] * grad.dim()), out=torch.empty_like(grad))
+        if need
+        else None
         for grad, need in zip(ctx.saved_tensors, needs, strict=True)
     )

@@ -66,6 +66,25 @@ def _scores(
 
 
 @triton.jit
+def _own_score(
+    scores_ptr,
+    bias_ptr,
+    temperature_ptr,
+    offs_r,
+    target,
+    scale,
+    scale_rest,
+    rows,
+    cols,
+    pitch,
+):
+    """(ROWS,) scores of the targets; NaN for one that is no column."""
+    mask = (offs_r < rows) & (target >= 0) & (target < cols)
+    own = tl.load(scores_ptr + offs_r * pitch + target, mask, other=float("nan"))
+    return _finished(own, bias_ptr, target, mask, temperature_ptr, scale, scale_rest)
+
+
+@triton.jit
 def statistics_kernel(
     scores_ptr,
     target_ptr,
@@ -120,9 +139,18 @@ def statistics_kernel(
         peak = tl.maximum(peak, scores)
     top = tl.max(peak, axis=1)
     log_sum = tl.log(tl.sum((total * tl.exp(peak - top[:, None])).to(tl.float64), axis=1))
-    has_target = in_rows & (target >= 0) & (target < cols)
-    own = tl.load(scores_ptr + offs_r * pitch + target, has_target, other=float("nan"))
-    own = _finished(own, bias_ptr, target, has_target, temperature_ptr, scale, scale_rest)
+    own = _own_score(
+        scores_ptr,
+        bias_ptr,
+        temperature_ptr,
+        offs_r,
+        target,
+        scale,
+        scale_rest,
+        rows,
+        cols,
+        pitch,
+    )
     # Not lse - own: nothing cancels where the target has the top score.
     loss = log_sum + (top.to(tl.float64) - own.to(tl.float64))
     tl.store(loss_ptr + offs_r, loss.to(tl.float32), in_rows)
@@ -150,7 +178,7 @@ def gradient_kernel(
     COLS: tl.constexpr,
 ):
     """Gradients of the products, in place of the scores: the same bytes, if need be of a narrower
-    dtype; and of each row the sum of d_score * (score - lse), which is that of d_score * score."""
+    dtype; and of each row the sum of d_score * score."""
     offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = offs_r < rows
     target = tl.load(target_ptr + offs_r, in_rows, other=0)
@@ -164,6 +192,20 @@ def gradient_kernel(
     lse = tl.load(lse_ptr + offs_r, in_rows, other=0.0)
     lse_high = lse.to(tl.float32)
     lse_rest = (lse - lse_high.to(tl.float64)).to(tl.float32)[:, None]
+    # Gradients of a row add up to 0, so the sum of d_score * score is that of their products with
+    # the distance from the target's score, which are few and small where the target stands out.
+    own = _own_score(
+        scores_ptr,
+        bias_ptr,
+        temperature_ptr,
+        offs_r,
+        target,
+        scale,
+        scale_rest,
+        rows,
+        cols,
+        pitch,
+    )[:, None]
     moment = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         offs_c = start + tl.arange(0, COLS)
@@ -184,11 +226,10 @@ def gradient_kernel(
             width,
             pitch,
         )
-        shifted = (scores - lse_high[:, None]) - lse_rest
-        d_scores = tl.exp(shifted)
+        d_scores = tl.exp((scores - lse_high[:, None]) - lse_rest)
         d_scores = tl.where(offs_c[None, :] == target[:, None], d_scores - 1.0, d_scores) * d_loss
         if moment_ptr is not None:
-            moment += tl.where(scores == float("-inf"), 0.0, d_scores * shifted)
+            moment += tl.where(scores == float("-inf"), 0.0, d_scores * (scores - own))
         if temperature_ptr is not None:
             d_scores *= scale
         # A narrower row ends before the scores that are still to be read, but for those of this

@@ -16,6 +16,7 @@ FUNCTION_LINES = 60  # without the docstring
 OPS = sorted(p.parent.name for p in (ROOT / "moca_fast" / "ops").glob("*/op.py"))
 BACKENDS = ("reference", "cpu")
 WITHOUT_GRADIENT = {"patchify"}  # its input is bytes
+GRADIENTS_AHEAD = {"info_nce", "linear_cross_entropy"}  # made in the forward of a mean or a sum
 
 
 def test_the_ops_are_there():
@@ -66,12 +67,21 @@ def test_backend_functions(op, backend):
         assert callable(getattr(module, name)), f"{module.__name__} has no {name}"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", sorted(GRADIENTS_AHEAD))
+def test_backends_that_make_gradients_in_the_forward(op, backend):
+    module = import_module(f"moca_fast.ops.{op}.{backend}")
+    assert callable(module.forward_with_gradients)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_registered_with_torch(op):
     packet = getattr(torch.ops.moca_fast, op)
     assert packet.default is not None
     has_backward = hasattr(torch.ops.moca_fast, f"{op}_backward")
     assert has_backward is (op not in WITHOUT_GRADIENT)
+    ahead = hasattr(torch.ops.moca_fast, f"{op}_with_gradients")
+    assert ahead is (op in GRADIENTS_AHEAD)
 
 
 SOURCES = [

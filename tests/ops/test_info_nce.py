@@ -168,6 +168,21 @@ def test_one_gradient_alone(needed, backend):
     assert torch.equal(tensors[needed].grad, whole[needed])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_scales_and_repeats(dtype, backend):
+    tensors, target = problem(60, 70, 2, 16), targets(60, 70)
+
+    def loss(function):
+        return lambda *tensors: 0.3 * function(*tensors)
+
+    check(loss(ours(target, backend=backend)), loss(plain(target)), tensors, dtype)
+    tensors = [t.to(dtype).requires_grad_() for t in tensors]
+    out = 0.3 * ours(target, backend=backend)(*tensors)
+    first = torch.autograd.grad(out, tensors, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(out, tensors[1])[0], first[1])
+
+
 @pytest.mark.kernel
 def test_bits_do_not_depend_on_runs_or_threads():
     tensors, target = problem(130, 900, 2, 40), targets(130, 900)
