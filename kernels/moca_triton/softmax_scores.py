@@ -197,10 +197,10 @@ def _empty_statistics(s: Scores) -> tuple[Tensor, Tensor]:
 
 
 def _tile(s: Scores) -> dict[str, int]:
-    """The rows and columns that a program takes at a time. Ids are twice as wide as scores, so
-    several rows share the reading of them."""
+    """How exact a program is, and the rows and columns that it takes at a time. Ids are twice as
+    wide as scores, so several rows share the reading of them."""
     rows, cols = (1, 4096) if s.row_ids is None else (8, 512)
-    return {"ROWS": rows, "COLS": cols, "num_warps": 8}
+    return {"EXACT": s.x.dtype == torch.float32, "ROWS": rows, "COLS": cols, "num_warps": 8}
 
 
 def _statistics(s: Scores, chunk: Chunk, loss: Tensor, lse: Tensor) -> None:

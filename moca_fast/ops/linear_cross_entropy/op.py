@@ -15,6 +15,8 @@ from moca_fast._gradients import empty_gradients, keep_gradients, scaled_gradien
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
+# The host waits for the number of rows that count: torch.compile keeps it out of CUDA graphs.
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def linear_cross_entropy(
@@ -105,7 +107,7 @@ def _autocast(tensor: Any) -> Any:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-@torch.library.custom_op("moca_fast::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op("moca_fast::linear_cross_entropy", mutates_args=(), tags=TAGS)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -120,7 +122,7 @@ def _forward(
     return kernel.forward(hidden, weight, labels, bias, ignore_index)
 
 
-@torch.library.custom_op("moca_fast::linear_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op("moca_fast::linear_cross_entropy_backward", mutates_args=(), tags=TAGS)
 def _backward(
     d_loss: Tensor,
     lse: Tensor,
@@ -137,7 +139,9 @@ def _backward(
     return kernel.backward(d_loss, lse, hidden, weight, labels, bias, ignore_index, needs)
 
 
-@torch.library.custom_op("moca_fast::linear_cross_entropy_with_gradients", mutates_args=())
+@torch.library.custom_op(
+    "moca_fast::linear_cross_entropy_with_gradients", mutates_args=(), tags=TAGS
+)
 def _forward_with_gradients(
     hidden: Tensor,
     weight: Tensor,
