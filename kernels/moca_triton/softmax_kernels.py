@@ -62,18 +62,15 @@ def _scores(
     temperature_ptr,
     row_ids_ptr,
     col_ids_ptr,
-    offs_r,
+    known,
     offs_c,
-    target,
-    row_ids,
-    scale,
-    scale_rest,
     rows,
     cols,
     width,
     pitch,
 ):
     """(ROWS, COLS) finished scores; -inf for those that do not exist or are left out."""
+    offs_r, target, row_ids, _, scale, scale_rest = known
     in_memory = (offs_r < rows)[:, None] & (offs_c < pitch)[None, :]
     scores = tl.load(scores_ptr + offs_r[:, None] * pitch + offs_c[None, :], in_memory, other=0.0)
     exists = (offs_r < rows)[:, None] & (offs_c < width)[None, :]
@@ -89,22 +86,32 @@ def _scores(
 
 
 @triton.jit
-def _own_score(
+def _rows(
     scores_ptr,
+    target_ptr,
     bias_ptr,
     temperature_ptr,
-    offs_r,
-    target,
-    scale,
-    scale_rest,
+    row_ids_ptr,
     rows,
     cols,
     pitch,
+    ROWS: tl.constexpr,
 ):
-    """(ROWS,) scores of the targets; NaN for one that is no column."""
+    """What a program knows of its rows, each (ROWS,): their places, targets, ids (if there are
+    any), and the scores of their targets, NaN for one that is no column. Then the inverse of the
+    temperature."""
+    offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    target = tl.load(target_ptr + offs_r, offs_r < rows, other=0)
+    row_ids = target
+    if row_ids_ptr is not None:
+        row_ids = tl.load(row_ids_ptr + offs_r, offs_r < rows, other=0)
+    scale, scale_rest = 1.0, 0.0
+    if temperature_ptr is not None:
+        scale, scale_rest = _inverse(temperature_ptr)
     mask = (offs_r < rows) & (target >= 0) & (target < cols)
     own = tl.load(scores_ptr + offs_r * pitch + target, mask, other=float("nan"))
-    return _finished(own, bias_ptr, target, mask, temperature_ptr, scale, scale_rest)
+    own = _finished(own, bias_ptr, target, mask, temperature_ptr, scale, scale_rest)
+    return offs_r, target, row_ids, own, scale, scale_rest
 
 
 @triton.jit
@@ -126,15 +133,11 @@ def statistics_kernel(
     COLS: tl.constexpr,
 ):
     """Loss and logsumexp of each row."""
-    offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = _rows(
+        scores_ptr, target_ptr, bias_ptr, temperature_ptr, row_ids_ptr, rows, cols, pitch, ROWS
+    )
+    offs_r, _, _, own, _, _ = known
     in_rows = offs_r < rows
-    target = tl.load(target_ptr + offs_r, in_rows, other=0)
-    row_ids = target
-    if row_ids_ptr is not None:
-        row_ids = tl.load(row_ids_ptr + offs_r, in_rows, other=0)
-    scale, scale_rest = 1.0, 0.0
-    if temperature_ptr is not None:
-        scale, scale_rest = _inverse(temperature_ptr)
     # Each lane keeps a peak of its own, so that nothing is exchanged before the end of the row.
     peak = tl.full((ROWS, COLS), LOWEST, tl.float32)
     total = tl.zeros((ROWS, COLS), tl.float32)
@@ -146,12 +149,8 @@ def statistics_kernel(
             temperature_ptr,
             row_ids_ptr,
             col_ids_ptr,
-            offs_r,
+            known,
             offs_c,
-            target,
-            row_ids,
-            scale,
-            scale_rest,
             rows,
             cols,
             width,
@@ -164,18 +163,6 @@ def statistics_kernel(
     top = tl.max(peak, axis=1)
     total *= _exp(peak - top[:, None], EXACT)
     log_sum = tl.log(tl.sum(total.to(tl.float64), axis=1))
-    own = _own_score(
-        scores_ptr,
-        bias_ptr,
-        temperature_ptr,
-        offs_r,
-        target,
-        scale,
-        scale_rest,
-        rows,
-        cols,
-        pitch,
-    )
     # Not lse - own: nothing cancels where the target has the top score.
     loss = log_sum + (top.to(tl.float64) - own.to(tl.float64))
     tl.store(loss_ptr + offs_r, loss.to(tl.float32), in_rows)
@@ -204,34 +191,20 @@ def gradient_kernel(
     COLS: tl.constexpr,
 ):
     """Gradients of the products, in place of the scores: the same bytes, if need be of a narrower
-    dtype; and of each row the sum of d_score * score."""
-    offs_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dtype; and of each row the sum of d_score * score.
+
+    Gradients of a row add up to 0, so that is the sum of their products with the distances from the
+    target's score, which are few and small where the target stands out.
+    """
+    known = _rows(
+        scores_ptr, target_ptr, bias_ptr, temperature_ptr, row_ids_ptr, rows, cols, pitch, ROWS
+    )
+    offs_r, target, _, own, scale, _ = known
     in_rows = offs_r < rows
-    target = tl.load(target_ptr + offs_r, in_rows, other=0)
-    row_ids = target
-    if row_ids_ptr is not None:
-        row_ids = tl.load(row_ids_ptr + offs_r, in_rows, other=0)
-    scale, scale_rest = 1.0, 0.0
-    if temperature_ptr is not None:
-        scale, scale_rest = _inverse(temperature_ptr)
     d_loss = tl.load(d_loss_ptr + offs_r, in_rows, other=0.0)[:, None]
     lse = tl.load(lse_ptr + offs_r, in_rows, other=0.0)
     lse_high = lse.to(tl.float32)
     lse_rest = (lse - lse_high.to(tl.float64)).to(tl.float32)[:, None]
-    # Gradients of a row add up to 0, so the sum of d_score * score is that of their products with
-    # the distance from the target's score, which are few and small where the target stands out.
-    own = _own_score(
-        scores_ptr,
-        bias_ptr,
-        temperature_ptr,
-        offs_r,
-        target,
-        scale,
-        scale_rest,
-        rows,
-        cols,
-        pitch,
-    )[:, None]
     moment = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(0, width, COLS):
         offs_c = start + tl.arange(0, COLS)
@@ -241,12 +214,8 @@ def gradient_kernel(
             temperature_ptr,
             row_ids_ptr,
             col_ids_ptr,
-            offs_r,
+            known,
             offs_c,
-            target,
-            row_ids,
-            scale,
-            scale_rest,
             rows,
             cols,
             width,
@@ -255,7 +224,7 @@ def gradient_kernel(
         d_scores = _exp((scores - lse_high[:, None]) - lse_rest, EXACT)
         d_scores = tl.where(offs_c[None, :] == target[:, None], d_scores - 1.0, d_scores) * d_loss
         if moment_ptr is not None:
-            moment += tl.where(scores == float("-inf"), 0.0, d_scores * (scores - own))
+            moment += tl.where(scores == float("-inf"), 0.0, d_scores * (scores - own[:, None]))
         if temperature_ptr is not None:
             d_scores *= scale
         # A narrower row ends before the scores that are still to be read, but for those of this
