@@ -91,9 +91,10 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "-j", str(jobs)], check=True)
 
 
-setup(
-    packages=packages(),
-    package_dir=PACKAGE_DIR,
-    ext_modules=[Extension("moca_fast._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+if __name__ == "__main__":
+    setup(
+        packages=packages(),
+        package_dir=PACKAGE_DIR,
+        ext_modules=[Extension("moca_fast._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )

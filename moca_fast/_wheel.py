@@ -17,8 +17,8 @@ FATBIN_MAGIC = 0xBA55ED50
 KIND_PTX, KIND_CODE = 1, 2
 FLAG_ONE_ARCHITECTURE, FLAG_FAMILY = 0x100000, 0x200000  # 90a, 100f
 UNWANTED_LIBRARY = re.compile(r"lib(torch|c10|cuda|cudart|nvidia)[_.\-]")
-# Mangled names of torch, and the driver's functions.
-UNWANTED_SYMBOL = re.compile(r"_ZN[A-Z]*(3c10|2at|5torch)|THP|cu[A-Z]")
+# Names of torch (mangled), of the driver and of the CUDA runtime, which is to be inside.
+UNWANTED_SYMBOL = re.compile(r"_Z(T[ISV])?NK?(3c10|2at|5torch)|THP|_*cu(da)?[A-Z]")
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import moca_fast
-from moca_fast import SpanMask, _dispatch, attention, backends, explain, use_backend
+from moca_fast import SpanMask, _cuda, _dispatch, attention, backends, explain, use_backend
 from moca_fast.__main__ import report
 
 OPS = ("attention", "info_nce", "linear_cross_entropy", "masked_patch_mse", "patchify", "pool")
+OPS_FOLDER = Path(moca_fast.__file__).parent / "ops"
 MASK = SpanMask.full(torch.tensor([0, 3, 7], dtype=torch.int32))
 
 
@@ -20,13 +22,22 @@ def inputs(dtype=torch.float32, device="cpu"):
     return q, q[:, :1], q[:, :1], MASK.to(device)
 
 
+def without_cuda(op: str) -> str | None:
+    """Why there is no CUDA kernel of an op, or None."""
+    if not (OPS_FOLDER / op / "cuda.py").exists():
+        return f"{op} has no cuda kernel in this version"
+    if not _cuda.compiled():
+        return "this build holds no CUDA code: nvcc was not found, or MOCA_CUDA=0 (docs/wheels.md)"
+    return None
+
+
 def test_backends_lists_every_op():
     table = backends()
     assert tuple(table) == OPS
     for op, reasons in table.items():
         assert tuple(reasons) == _dispatch.BACKENDS
         assert reasons["cpu"] is None and reasons["reference"] is None
-        assert f"{op} has no cuda kernel" in reasons["cuda"]
+        assert reasons["cuda"] == without_cuda(op)
 
 
 def test_explain():
@@ -104,7 +115,8 @@ def test_report():
     for part in ("portable", "this machine", f"torch          {torch.__version__}", "gpus"):
         assert part in text
     for op in OPS:
-        assert f"  {op}: cpu runs\n    cuda      {op} has no cuda kernel in this version" in text
+        reason = without_cuda(op) or "runs on GPUs"
+        assert f"  {op}: cpu runs\n    cuda      {reason}" in text
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
