@@ -56,7 +56,9 @@ __global__ void __launch_bounds__(kThreads) finish(PoolParams p, const float* su
   const int64_t pieces = (tokens + kTokens - 1) / kTokens;
   const float* first = sums + first_piece<kTokens>(p, document) * p.dim;
   const T* last = static_cast<const T*>(p.hidden) + (span.end - 1) * p.dim;
+  const bool valid = is_valid(p, document);
   const auto state = [&](int64_t d) {
+    if (!valid) return nanf("");
     if (tokens == 0) return 0.0f;
     if (!p.mean) return as_float(last[d]);
     float sum = 0.0f;

@@ -23,6 +23,13 @@ __device__ inline TokenSpan document_span(const PoolParams& p, int64_t document)
   return {start, clamped(p.cu_seqlens[document + 1], start, p.tokens)};
 }
 
+// Whether a document's boundaries are what they should be. They are not read back to be refused:
+// where they are not, its embedding is NaN.
+__device__ inline bool is_valid(const PoolParams& p, int64_t document) {
+  const int64_t start = p.cu_seqlens[document], end = p.cu_seqlens[document + 1];
+  return 0 <= start && start <= end && end <= p.tokens && (document > 0 || start == 0);
+}
+
 // Document b owns the pieces from start / kTokens + b: as many as it can need, so that no two
 // documents share one. The last are past document B's.
 template <int kTokens>

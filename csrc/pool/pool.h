@@ -20,7 +20,7 @@ struct PoolParams {
   int threads;  // of the CPU
 };
 
-// On a GPU. Boundaries that are out of order are clamped: they are not read back to be refused.
+// On a GPU. A document whose boundaries are out of order or past T gets NaN.
 // `sums` is room for (pool_pieces(p), D) float32.
 int64_t pool_pieces(const PoolParams& p);
 void pool_forward_cuda(const PoolParams& p, float* sums, Queue queue);

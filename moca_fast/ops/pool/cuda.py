@@ -1,7 +1,7 @@
 """pool on the CUDA kernels (csrc/pool/forward.cu, backward.cu).
 
-Boundaries are not read back, which would wait for the GPU: where they are out of order or past T,
-the result is wrong, not an error.
+Boundaries are not read back, which would wait for the GPU: a document whose boundaries are out of
+order or past T pools to NaN.
 """
 
 import torch
