@@ -11,13 +11,17 @@ set(MOCA_NVCC_OLDEST 12.8)  # the first with compressed binaries and Blackwell
 # Sets `out` to the path of nvcc: the one that CUDACXX or CUDA_HOME names, else on the PATH, else of
 # the packages nvidia-cuda-nvcc and so on in Python's site-packages, else where toolkits install.
 function(moca_find_nvcc out)
-  find_program(MOCA_NVCC nvcc NO_DEFAULT_PATH HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin")
   if(DEFINED ENV{CUDACXX})
     set(MOCA_NVCC "$ENV{CUDACXX}" CACHE FILEPATH "nvcc" FORCE)
   endif()
+  foreach(home "$ENV{CUDA_HOME}" "$ENV{CUDA_PATH}")
+    if(home)
+      find_program(MOCA_NVCC nvcc NO_DEFAULT_PATH PATHS "${home}/bin")
+    endif()
+  endforeach()
   find_program(MOCA_NVCC nvcc)
   file(GLOB packaged "${Python_SITELIB}/nvidia/cu[0-9]*/bin")
-  find_program(MOCA_NVCC nvcc HINTS ${packaged} PATHS /usr/local/cuda/bin)
+  find_program(MOCA_NVCC nvcc PATHS ${packaged} /usr/local/cuda/bin NO_DEFAULT_PATH)
   set(${out} "${MOCA_NVCC}" PARENT_SCOPE)
 endfunction()
 

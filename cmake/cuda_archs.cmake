@@ -27,7 +27,7 @@ function(moca_cuda_archs wanted out)
         message(FATAL_ERROR "MOCA_CUDA_ARCHS: native, but nvidia-smi finds no GPU from sm_80 on")
       endif()
       list(APPEND archs ${native})
-    elseif(arch MATCHES "^([89][0-9]|1[0-9][0-9])[af]?$")
+    elseif(arch MATCHES "^([89][0-9]|1[0-9][0-9]|(9|1[0-9])[0-9]a|1[0-9][0-9]f)$")
       list(APPEND archs ${arch})
     else()
       message(FATAL_ERROR "MOCA_CUDA_ARCHS: expected architectures from 80 on, such as \"80\" or "

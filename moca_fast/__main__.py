@@ -54,9 +54,11 @@ def _places(op: str) -> dict[str, dict[str, str | None]]:
     places = {"": {name: reason or elsewhere.get(name) for name, reason in present.items()}}
     for index in range(torch.cuda.device_count()):
         architecture = _verified.architecture(torch.device("cuda", index))
-        refusals = {name: _verified.reason(op, name, architecture) for name in _verified.BACKENDS}
-        refusals["cuda"] = _cuda.missing_code(index) or refusals["cuda"]
-        refusals["cpu"] = "runs on the CPU"
+        refusals = {"cpu": "runs on the CPU", "cuda": _cuda.missing_code(index)}
+        if _dispatch.requested("auto") == "auto":
+            for name in _verified.BACKENDS:
+                unproven = _verified.reason(op, name, architecture)
+                refusals[name] = refusals.get(name) or unproven
         reasons = {name: reason or refusals.get(name) for name, reason in present.items()}
         places[f" on {architecture}"] = reasons
     return places

@@ -23,6 +23,7 @@ DETAILS = ("date", "gpu", "driver", "torch", "triton", "cuda", "commit")
 Table = dict[str, dict[str, dict[str, dict[str, str]]]]
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """What the table calls a GPU: "sm_90"."""
     major, minor = torch.cuda.get_device_capability(device)
