@@ -1,0 +1,257 @@
+// The forward on tensor cores of sm_80 and later, by mma.sync: FlashAttention-2 (arXiv 2307.08691)
+// over SpanMask. T queries, K keys, H query and Hkv key-value heads, D dim.
+//
+// A block of threads holds a tile of queries and goes through its keys. There is one tile of k and
+// one of v in shared memory: while scores are computed from k, v arrives; while the softmax and its
+// product with v are computed, the next k arrives.
+#include "attention/tile.cuh"
+#include "common/launch.cuh"
+
+namespace moca::attention {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+
+// Every warp has kRowTiles tiles of 16 queries. Two make each fragment of k and v serve twice; for
+// wide heads their output does not fit in the registers.
+template <DType type_, int kDim_>
+struct Shape {
+  static constexpr DType type = type_;
+  static constexpr int kDim = kDim_;
+  static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kWarpRows * kWarps;
+  static constexpr int kKeys = kDim <= 80 ? 64 : 32;
+  using Queries = SharedTile<kRows, kDim>;
+  using Keys = SharedTile<kKeys, kDim>;
+  static constexpr int kSharedBytes = Queries::kBytes + 2 * Keys::kBytes;
+  using Scores = float[kRowTiles][kKeys / 8][4];
+  using Output = float[kRowTiles][kDim / 8][4];
+};
+
+// A lane's rows of tile t: r = 0 is row `group`, r = 1 is row `group` + 8.
+template <int kRowTiles>
+struct Rows {
+  float top[kRowTiles][2], total[kRowTiles][2];  // largest score; sum of weights in this lane
+
+  __device__ Rows() {
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        top[t][r] = -kInfinity;
+        total[t][r] = 0;
+      }
+  }
+};
+
+// scores = q k^T, of the warp's rows from `row` of the tile.
+template <typename S>
+__device__ void multiply_keys(typename S::Scores& scores, const typename S::Queries& queries,
+                              const typename S::Keys& keys, int row) {
+#pragma unroll
+  for (int t = 0; t < S::kRowTiles; ++t)
+#pragma unroll
+    for (int n = 0; n < S::kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[t][n][i] = 0;
+#pragma unroll
+  for (int step = 0; step < S::kDim / 16; ++step) {
+    uint32_t a[S::kRowTiles][4];
+#pragma unroll
+    for (int t = 0; t < S::kRowTiles; ++t) queries.load_a(a[t], row + 16 * t, step);
+#pragma unroll
+    for (int n = 0; n < S::kKeys / 16; ++n) {
+      uint32_t b[4];
+      keys.load_b(b, 16 * n, step);
+#pragma unroll
+      for (int t = 0; t < S::kRowTiles; ++t) {
+        ptx::multiply_add<S::type>(scores[t][2 * n], a[t], b[0], b[1]);
+        ptx::multiply_add<S::type>(scores[t][2 * n + 1], a[t], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Scores of keys that a row does not see become -inf; `row` is the warp's first row of the tile,
+// `key` the first of the block. Few blocks need it, so what rows see is read anew each time.
+template <typename S>
+__device__ void hide(typename S::Scores& scores, const Spans& spans, const Work& work, int row,
+                     int key) {
+  const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+#pragma unroll
+  for (int t = 0; t < S::kRowTiles; ++t)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = row + 16 * t + 8 * r + group;
+      const bool valid = at < work.rows;
+      const int start = valid ? spans.start[work.row + at] : 0;
+      const int end = valid ? spans.end[work.row + at] : 0;
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int column = key + 8 * n + 2 * pair + i;
+          if (column < start || column >= end) scores[t][n][2 * r + i] = -kInfinity;
+        }
+    }
+}
+
+// Turns scores into weights 2^(scale (score - top)) and rescales what was summed before.
+template <typename S>
+__device__ void weigh(typename S::Scores& scores, Rows<S::kRowTiles>& rows,
+                      typename S::Output& output, float scale) {
+#pragma unroll
+  for (int t = 0; t < S::kRowTiles; ++t)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = rows.top[t][r];
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 8; ++n)
+        top = fmaxf(top, fmaxf(scores[t][n][2 * r], scores[t][n][2 * r + 1]));
+      top = fmaxf(top, ptx::shuffle_xor(top, 1));  // the four lanes of a group share a row
+      top = fmaxf(top, ptx::shuffle_xor(top, 2));
+      const float shift = top == -kInfinity ? 0 : top * scale;  // no key seen so far
+      const float decay = ptx::exp2(rows.top[t][r] * scale - shift);
+      rows.top[t][r] = top;
+      float total = 0;
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 2 * r; i < 2 * r + 2; ++i) {
+          scores[t][n][i] = ptx::exp2(fmaf(scores[t][n][i], scale, -shift));
+          total += scores[t][n][i];
+        }
+      rows.total[t][r] = rows.total[t][r] * decay + total;
+#pragma unroll
+      for (int n = 0; n < S::kDim / 8; ++n)
+#pragma unroll
+        for (int i = 2 * r; i < 2 * r + 2; ++i) output[t][n][i] *= decay;
+    }
+}
+
+// output += weights v. Two neighbouring tiles of scores are, in their lanes, one operand a.
+template <typename S>
+__device__ void multiply_values(typename S::Output& output, const typename S::Scores& weights,
+                                const typename S::Keys& values) {
+#pragma unroll
+  for (int step = 0; step < S::kKeys / 16; ++step) {
+    uint32_t a[S::kRowTiles][4];
+#pragma unroll
+    for (int t = 0; t < S::kRowTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &weights[t][2 * step + i / 2][i % 2 * 2];
+        a[t][i] = ptx::pack<S::type>(pair[0], pair[1]);
+      }
+#pragma unroll
+    for (int n = 0; n < S::kDim / 16; ++n) {
+      uint32_t b[4];
+      values.load_b_transposed(b, 16 * step, n);
+#pragma unroll
+      for (int t = 0; t < S::kRowTiles; ++t) {
+        ptx::multiply_add<S::type>(output[t][2 * n], a[t], b[0], b[1]);
+        ptx::multiply_add<S::type>(output[t][2 * n + 1], a[t], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Divides by the sum of weights, writes lse, and puts the output where the warp's queries were.
+template <typename S>
+__device__ void finish_rows(const AttentionCudaParams& p, const Work& work,
+                            Rows<S::kRowTiles>& rows, const typename S::Output& output,
+                            const typename S::Queries& target, int row, float scale) {
+  const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+#pragma unroll
+  for (int t = 0; t < S::kRowTiles; ++t)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float total = rows.total[t][r];
+      total += ptx::shuffle_xor(total, 1);
+      total += ptx::shuffle_xor(total, 2);
+      const int at = row + 16 * t + 8 * r + group;
+      const bool seen = total > 0 || total != total;
+      const float inverse = seen ? 1 / total : 0;
+      if (pair == 0 && at < work.rows)
+        p.lse[(work.row + at) * p.heads + work.head] =
+            seen ? (rows.top[t][r] * scale + log2f(total)) * kLn2 : -kInfinity;
+#pragma unroll
+      for (int n = 0; n < S::kDim / 8; ++n)
+        ptx::store_shared(
+            target.address(at, n) + 4 * pair,
+            ptx::pack<S::type>(output[t][n][2 * r] * inverse, output[t][n][2 * r + 1] * inverse));
+    }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads)
+    attention_forward_mma(const __grid_constant__ AttentionCudaParams p) {
+  const Work work = find_work<S::kRows, S::kKeys>(p.queries, p.tile_rows);
+  if (work.rows == 0) return;
+  const typename S::Queries queries{ptx::shared_memory()};
+  const typename S::Keys keys{queries.base + S::Queries::kBytes};
+  const typename S::Keys values{keys.base + S::Keys::kBytes};
+  const int64_t kv_head = work.head / (p.heads / p.kv_heads);
+  const Head q(p.q, p.q_token, p.q_head, work.head, p.dim);
+  const Head k(p.k, p.k_token, p.k_head, kv_head, p.dim);
+  const Head v(p.v, p.v_token, p.v_head, kv_head, p.dim);
+  const float scale = p.softmax_scale * kLog2e;
+
+  const int warp_row = threadIdx.x / 32 * S::kWarpRows;
+  Rows<S::kRowTiles> rows;
+  typename S::Output output = {};
+  if (work.blocks > 0) {
+    copy_rows<S::kThreads>(queries, q, work.row, work.row + work.rows);
+    copy_rows<S::kThreads>(keys, k, work.begin, work.end);
+  }
+  for (int block = 0; block < work.blocks; ++block) {
+    const int key = work.begin + block * S::kKeys;
+    ptx::copy_async_wait<0>();
+    __syncthreads();  // k is here; nobody reads the last v any more
+    copy_rows<S::kThreads>(values, v, key, work.end);
+    typename S::Scores scores;
+    multiply_keys<S>(scores, queries, keys, warp_row);
+    if (block < work.full_begin || block >= work.full_end)
+      hide<S>(scores, p.queries, work, warp_row, key);
+    ptx::copy_async_wait<0>();
+    __syncthreads();  // v is here; nobody reads this k any more
+    if (block + 1 < work.blocks) copy_rows<S::kThreads>(keys, k, key + S::kKeys, work.end);
+    weigh<S>(scores, rows, output, scale);
+    multiply_values<S>(output, scores, values);
+  }
+
+  finish_rows<S>(p, work, rows, output, queries, warp_row, scale);
+  __syncwarp();
+  auto* out = static_cast<uint16_t*>(p.out);
+  const int chunks = static_cast<int>(p.dim) / 8;
+  for (int i = threadIdx.x % 32; i < S::kWarpRows * S::Queries::kChunks; i += 32) {
+    const int row = warp_row + i / S::Queries::kChunks, chunk = i % S::Queries::kChunks;
+    if (row >= work.rows || chunk >= chunks) continue;
+    const int64_t offset = ((work.row + row) * p.heads + work.head) * p.dim + chunk * 8;
+    *reinterpret_cast<uint4*>(out + offset) = ptx::load_shared(queries.address(row, chunk));
+  }
+}
+
+template <DType type>
+void forward(const AttentionCudaParams& p) {
+  visit_dim(p.dim, [&](auto dim) {
+    using S = Shape<type, decltype(dim)::value>;
+    launch("attention_forward_mma", attention_forward_mma<S>,
+           count_work(p.queries, p.tile_rows, S::kRows, p.heads), S::kThreads, S::kSharedBytes,
+           p.stream, p);
+  });
+}
+
+}  // namespace
+}  // namespace moca::attention
+
+void moca::attention_forward_cuda(const AttentionCudaParams& p) {
+  if (p.dtype == DType::bfloat16)
+    attention::forward<DType::bfloat16>(p);
+  else
+    attention::forward<DType::float16>(p);
+}
