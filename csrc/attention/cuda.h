@@ -6,6 +6,11 @@
 
 namespace moca {
 
+// What the backward needs of a query in one head: log2(e) lse, and rowsum(out * d_out) - d_lse.
+struct alignas(8) RowSums {
+  float lse, delta;
+};
+
 // All pointers are to the device's memory. Rows of D are contiguous and start at multiples of 16
 // bytes: strides are in elements, multiples of 8.
 struct AttentionCudaParams {
@@ -15,7 +20,7 @@ struct AttentionCudaParams {
   float* lse;             // (T, H)
   const void* d_out;      // (T, H, D) dtype, contiguous
   const float* d_lse;     // (T, H)
-  float* delta;           // (T, H), made by the backward: rowsum(out * d_out) - d_lse
+  RowSums* rows;          // (H, T), made by the backward
   void *d_q, *d_k, *d_v;  // dtype, contiguous
   Spans queries, keys;    // sizes T and K
   int64_t tile_rows;      // no tile has more

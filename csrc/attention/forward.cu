@@ -10,13 +10,10 @@
 namespace moca::attention {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_huge_valf();
-
 // Every warp has kRowTiles tiles of 16 queries. Two make each fragment of k and v serve twice; for
 // wide heads their output does not fit in the registers.
 template <DType type_, int kDim_>
-struct Shape {
+struct Sizes {
   static constexpr DType type = type_;
   static constexpr int kDim = kDim_;
   static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;
@@ -47,34 +44,6 @@ struct Rows {
       }
   }
 };
-
-// scores = q k^T, of the warp's rows from `row` of the tile.
-template <typename S>
-__device__ void multiply_keys(typename S::Scores& scores, const typename S::Queries& queries,
-                              const typename S::Keys& keys, int row) {
-#pragma unroll
-  for (int t = 0; t < S::kRowTiles; ++t)
-#pragma unroll
-    for (int n = 0; n < S::kKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scores[t][n][i] = 0;
-#pragma unroll
-  for (int step = 0; step < S::kDim / 16; ++step) {
-    uint32_t a[S::kRowTiles][4];
-#pragma unroll
-    for (int t = 0; t < S::kRowTiles; ++t) queries.load_a(a[t], row + 16 * t, step);
-#pragma unroll
-    for (int n = 0; n < S::kKeys / 16; ++n) {
-      uint32_t b[4];
-      keys.load_b(b, 16 * n, step);
-#pragma unroll
-      for (int t = 0; t < S::kRowTiles; ++t) {
-        ptx::multiply_add<S::type>(scores[t][2 * n], a[t], b[0], b[1]);
-        ptx::multiply_add<S::type>(scores[t][2 * n + 1], a[t], b[2], b[3]);
-      }
-    }
-  }
-}
 
 // Scores of keys that a row does not see become -inf; `row` is the warp's first row of the tile,
 // `key` the first of the block. Few blocks need it, so what rows see is read anew each time.
@@ -133,38 +102,11 @@ __device__ void weigh(typename S::Scores& scores, Rows<S::kRowTiles>& rows,
     }
 }
 
-// output += weights v. Two neighbouring tiles of scores are, in their lanes, one operand a.
-template <typename S>
-__device__ void multiply_values(typename S::Output& output, const typename S::Scores& weights,
-                                const typename S::Keys& values) {
-#pragma unroll
-  for (int step = 0; step < S::kKeys / 16; ++step) {
-    uint32_t a[S::kRowTiles][4];
-#pragma unroll
-    for (int t = 0; t < S::kRowTiles; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &weights[t][2 * step + i / 2][i % 2 * 2];
-        a[t][i] = ptx::pack<S::type>(pair[0], pair[1]);
-      }
-#pragma unroll
-    for (int n = 0; n < S::kDim / 16; ++n) {
-      uint32_t b[4];
-      values.load_b_transposed(b, 16 * step, n);
-#pragma unroll
-      for (int t = 0; t < S::kRowTiles; ++t) {
-        ptx::multiply_add<S::type>(output[t][2 * n], a[t], b[0], b[1]);
-        ptx::multiply_add<S::type>(output[t][2 * n + 1], a[t], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// Divides by the sum of weights, writes lse, and puts the output where the warp's queries were.
+// Writes lse, and finds what each row of the output is to be multiplied by.
 template <typename S>
 __device__ void finish_rows(const AttentionCudaParams& p, const Work& work,
-                            Rows<S::kRowTiles>& rows, const typename S::Output& output,
-                            const typename S::Queries& target, int row, float scale) {
+                            const Rows<S::kRowTiles>& rows, float (&factor)[S::kRowTiles][2],
+                            int row, float scale) {
   const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
 #pragma unroll
   for (int t = 0; t < S::kRowTiles; ++t)
@@ -173,17 +115,12 @@ __device__ void finish_rows(const AttentionCudaParams& p, const Work& work,
       float total = rows.total[t][r];
       total += ptx::shuffle_xor(total, 1);
       total += ptx::shuffle_xor(total, 2);
+      const bool seen = !(total == 0);  // NaN is seen
+      factor[t][r] = seen ? 1 / total : 0;
       const int at = row + 16 * t + 8 * r + group;
-      const bool seen = total > 0 || total != total;
-      const float inverse = seen ? 1 / total : 0;
       if (pair == 0 && at < work.rows)
         p.lse[(work.row + at) * p.heads + work.head] =
             seen ? (rows.top[t][r] * scale + log2f(total)) * kLn2 : -kInfinity;
-#pragma unroll
-      for (int n = 0; n < S::kDim / 8; ++n)
-        ptx::store_shared(
-            target.address(at, n) + 4 * pair,
-            ptx::pack<S::type>(output[t][n][2 * r] * inverse, output[t][n][2 * r + 1] * inverse));
     }
 }
 
@@ -214,32 +151,27 @@ __global__ void __launch_bounds__(S::kThreads)
     __syncthreads();  // k is here; nobody reads the last v any more
     copy_rows<S::kThreads>(values, v, key, work.end);
     typename S::Scores scores;
-    multiply_keys<S>(scores, queries, keys, warp_row);
+    multiply_rows<S::type>(scores, queries, warp_row, keys);
     if (block < work.full_begin || block >= work.full_end)
       hide<S>(scores, p.queries, work, warp_row, key);
     ptx::copy_async_wait<0>();
     __syncthreads();  // v is here; nobody reads this k any more
     if (block + 1 < work.blocks) copy_rows<S::kThreads>(keys, k, key + S::kKeys, work.end);
     weigh<S>(scores, rows, output, scale);
-    multiply_values<S>(output, scores, values);
+    multiply_weights<S::type>(output, scores, values);
   }
 
-  finish_rows<S>(p, work, rows, output, queries, warp_row, scale);
-  __syncwarp();
-  auto* out = static_cast<uint16_t*>(p.out);
-  const int chunks = static_cast<int>(p.dim) / 8;
-  for (int i = threadIdx.x % 32; i < S::kWarpRows * S::Queries::kChunks; i += 32) {
-    const int row = warp_row + i / S::Queries::kChunks, chunk = i % S::Queries::kChunks;
-    if (row >= work.rows || chunk >= chunks) continue;
-    const int64_t offset = ((work.row + row) * p.heads + work.head) * p.dim + chunk * 8;
-    *reinterpret_cast<uint4*>(out + offset) = ptx::load_shared(queries.address(row, chunk));
-  }
+  float factor[S::kRowTiles][2];
+  finish_rows<S>(p, work, rows, factor, warp_row, scale);
+  auto* out = static_cast<uint16_t*>(p.out) + (work.row * p.heads + work.head) * p.dim;
+  store_rows<S::type>(out, p.heads * p.dim, queries, warp_row, work.rows,
+                      static_cast<int>(p.dim) / 8, output, factor);
 }
 
 template <DType type>
 void forward(const AttentionCudaParams& p) {
   visit_dim(p.dim, [&](auto dim) {
-    using S = Shape<type, decltype(dim)::value>;
+    using S = Sizes<type, decltype(dim)::value>;
     launch("attention_forward_mma", attention_forward_mma<S>,
            count_work(p.queries, p.tile_rows, S::kRows, p.heads), S::kThreads, S::kSharedBytes,
            p.stream, p);

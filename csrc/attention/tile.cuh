@@ -6,6 +6,9 @@
 
 namespace moca::attention {
 
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // kRows rows of kDim 16-bit values in shared memory, in chunks of 16 bytes. Rows lie an odd number
@@ -76,8 +79,8 @@ struct Work {
 };
 
 // The work of block blockIdx.x: a part of at most kRows rows of a tile. Tiles of one head are
-// neighbours, since they share k and v in the cache; the last tiles come first, since under a
-// causal mask they take longest. `rows` is 0 where there is nothing to do.
+// neighbours, since they share what they read; the plan has those with the most keys first. `rows`
+// is 0 where there is nothing to do.
 template <int kRows, int kColumns>
 __device__ Work find_work(const Spans& spans, int64_t tile_rows) {
   const int parts = ceil_div(static_cast<int>(tile_rows), kRows);
@@ -103,6 +106,92 @@ __device__ Work find_work(const Spans& spans, int64_t tile_rows) {
 
 inline int64_t count_work(const Spans& spans, int64_t tile_rows, int rows, int64_t heads) {
   return spans.max_tiles * ((tile_rows + rows - 1) / rows) * heads;
+}
+
+// scores = a b^T, of 16 kTiles rows of `a` from `row` and all rows of b. A lane holds of tile t of
+// 16 rows, in scores[t][n], rows `group` and `group` + 8, columns 8 n + 2 pair and the next.
+template <DType type, int kTiles, int kColumns, typename A, typename B>
+__device__ void multiply_rows(float (&scores)[kTiles][kColumns][4], const A& a, int row,
+                              const B& b) {
+  static_assert(8 * kColumns == B::kRows && A::kChunks == B::kChunks);
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[t][n][i] = 0;
+#pragma unroll
+  for (int step = 0; step < A::kChunks / 2; ++step) {
+    uint32_t left[kTiles][4];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) a.load_a(left[t], row + 16 * t, step);
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t right[4];
+      b.load_b(right, 16 * n, step);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        ptx::multiply_add<type>(scores[t][2 * n], left[t], right[0], right[1]);
+        ptx::multiply_add<type>(scores[t][2 * n + 1], left[t], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// output += weights b, of b's columns from chunk `first` on; weights and output as lanes hold
+// scores. Two neighbouring tiles of weights are, in their lanes, one operand a.
+template <DType type, int kTiles, int kColumns, int kRows, typename B>
+__device__ void multiply_weights(float (&output)[kTiles][kColumns][4],
+                                 const float (&weights)[kTiles][kRows][4], const B& b,
+                                 int first = 0) {
+  static_assert(8 * kRows == B::kRows && kColumns <= B::kChunks);
+#pragma unroll
+  for (int step = 0; step < kRows / 2; ++step) {
+    uint32_t left[kTiles][4];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &weights[t][2 * step + i / 2][i % 2 * 2];
+        left[t][i] = ptx::pack<type>(pair[0], pair[1]);
+      }
+#pragma unroll
+    for (int n = 0; n < kColumns / 2; ++n) {
+      uint32_t right[4];
+      b.load_b_transposed(right, 16 * step, first / 2 + n);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        ptx::multiply_add<type>(output[t][2 * n], left[t], right[0], right[1]);
+        ptx::multiply_add<type>(output[t][2 * n + 1], left[t], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// Writes a warp's 16 kTiles rows of output, each times its factor, to `target` (its first row and
+// column), through the warp's own rows of `tile`: `row` is the first, `rows` and `chunks` say how
+// many of the tile's rows and of the output's chunks are wanted.
+template <DType type, int kTiles, int kColumns, typename Tile>
+__device__ void store_rows(uint16_t* target, int64_t token, const Tile& tile, int row, int rows,
+                           int chunks, const float (&output)[kTiles][kColumns][4],
+                           const float (&factor)[kTiles][2]) {
+  const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+        ptx::store_shared(tile.address(row + 16 * t + 8 * r + group, n) + 4 * pair,
+                          ptx::pack<type>(output[t][n][2 * r] * factor[t][r],
+                                          output[t][n][2 * r + 1] * factor[t][r]));
+  __syncwarp();
+  for (int i = lane; i < 16 * kTiles * kColumns; i += 32) {
+    const int at = row + i / kColumns, chunk = i % kColumns;
+    if (at < rows && chunk < chunks)
+      *reinterpret_cast<uint4*>(target + at * token + chunk * 8) =
+          ptx::load_shared(tile.address(at, chunk));
+  }
 }
 
 // Calls body(integral constant) for the smallest compiled dim that holds D; columns past D are 0.

@@ -87,6 +87,33 @@ __device__ inline uint32_t pack(float low, float high) {
   return out;
 }
 
+// a . b, of the two values in each.
+template <DType type>
+__device__ inline float dot(uint32_t a, uint32_t b) {
+  static_assert(type == DType::bfloat16 || type == DType::float16);
+  if constexpr (type == DType::bfloat16) {
+    return __uint_as_float(a << 16) * __uint_as_float(b << 16) +
+           __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+  } else {
+    float out;
+    asm("{\n"
+        ".reg .b16 a0, a1, b0, b1;\n"
+        ".reg .f32 x, y, z;\n"
+        "mov.b32 {a0, a1}, %1;\n"
+        "mov.b32 {b0, b1}, %2;\n"
+        "cvt.f32.f16 x, a0;\n"
+        "cvt.f32.f16 y, b0;\n"
+        "mul.f32 z, x, y;\n"
+        "cvt.f32.f16 x, a1;\n"
+        "cvt.f32.f16 y, b1;\n"
+        "fma.rn.f32 %0, x, y, z;\n"
+        "}\n"
+        : "=f"(out)
+        : "r"(a), "r"(b));
+    return out;
+  }
+}
+
 __device__ inline void store_shared(uint32_t address, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(value) : "memory");
 }

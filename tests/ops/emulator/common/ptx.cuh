@@ -152,6 +152,11 @@ uint32_t pack(float low, float high) {
   return bits_of<type>(low) | bits_of<type>(high) << 16;
 }
 
+template <DType type>
+float dot(uint32_t a, uint32_t b) {
+  return half_of<type>(a, 0) * half_of<type>(b, 0) + half_of<type>(a, 1) * half_of<type>(b, 1);
+}
+
 inline void store_shared(uint32_t address, uint32_t value) { shared<uint32_t>(address) = value; }
 
 inline uint4 load_shared(uint32_t address) { return shared<uint4>(address); }
