@@ -17,7 +17,7 @@ from torch import Tensor
 import moca_fast
 from benchmarks.harness import Call, Cost, Runner, Target, Work
 from moca_fast import SpanMask
-from moca_fast.ops.attention.op import TILE_ROWS
+from moca_fast.ops.attention.op import TILE_ROWS, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,10 @@ def moca(work: Attention, leaves: tuple[Tensor, ...], d_out: Tensor, backend: st
     cu_seqlens = torch.tensor([0, *work.lengths]).cumsum(0).int().to(d_out.device)
     began = time.perf_counter()
     mask = SpanMask.full(cu_seqlens, sum(work.lengths))
-    mask.tiles(TILE_ROWS), mask.transposed().tiles(TILE_ROWS)
+    plan(mask)
     info = {
         "plan_seconds": time.perf_counter() - began,
-        "tile_efficiency": mask.tile_efficiency(TILE_ROWS),
+        "tile_efficiency": mask.tile_efficiency(TILE_ROWS[mask.device.type]),
     }
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

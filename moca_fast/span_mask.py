@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moca_fast import _C
 from moca_fast._checks import check_tensor
+from moca_fast.tile_plan import device_tiles
 
 TILE_FIELDS = 5  # row_begin, row_end, key_begin, key_end, masked
 
@@ -169,12 +170,12 @@ class SpanMask:
         """The tile plan for query tiles of at most `rows` rows.
 
         A tile is a slice of one long document or several whole short ones, where a document is a
-        run of queries that share keys. Planned on the host: on an accelerator the first call for
-        a mask waits for it.
+        run of queries that share keys. Planned where the mask is: an accelerator is not waited for.
 
         Returns:
             (3 * T // rows + 2, 5) int32: row_begin, row_end, key_begin, key_end and masked (0 if
-            every row of the tile sees every key of the interval); unused tiles last, all 0.
+            every row of the tile sees every key of the interval); unused tiles last, all 0. In
+            the order of rows on the CPU; on an accelerator those with the most keys first.
         """
         if rows not in self._tiles:
             self._tiles[rows] = torch.ops.moca_fast.span_tiles(
@@ -270,7 +271,9 @@ def _raise_where(bad: Tensor, where: str, expected: str, values: Tensor, offset:
 
 @torch.library.custom_op("moca_fast::span_tiles", mutates_args=())
 def _span_tiles(start: Tensor, end: Tensor, num_keys: int, rows: int) -> Tensor:
-    start, end = start.cpu().contiguous(), end.cpu().contiguous()
+    if start.device.type != "cpu":
+        return device_tiles(start, end, rows, _max_tiles(start.shape[0], rows))
+    start, end = start.contiguous(), end.contiguous()
     tiles = torch.zeros(_max_tiles(start.shape[0], rows), TILE_FIELDS, dtype=torch.int32)
     _C.span_tiles(
         start=start.data_ptr(),

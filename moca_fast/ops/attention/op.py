@@ -13,7 +13,9 @@ from moca_fast.span_mask import SpanMask
 
 OP = "attention"
 MIN_DIM, MAX_DIM, DIM_STEP = 16, 256, 8
-TILE_ROWS = 256  # rows of a query tile, for which the CPU kernels pack its keys once
+# Rows of a tile in the plan that kernels follow, by device. A CPU packs a tile's keys once for all
+# its rows; on a GPU these are the rows of a program, or two or four times as many.
+TILE_ROWS = {"cpu": 256, "cuda": 128}
 
 
 def attention(
@@ -53,11 +55,16 @@ def attention(
     q, k, v = inputs(q, k, v, mask)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     backend = _dispatch.requested(backend)
-    keys = mask.transposed()
-    spans = [mask.start, mask.end, mask.tiles(TILE_ROWS)]
-    spans += [keys.start, keys.end, keys.tiles(TILE_ROWS)]
-    out, lse, _ = torch.ops.moca_fast.attention(q, k, v, spans, scale, deterministic, backend)
+    out, lse, _ = torch.ops.moca_fast.attention(q, k, v, plan(mask), scale, deterministic, backend)
     return (out, lse) if return_lse else out
+
+
+def plan(mask: SpanMask) -> list[Tensor]:
+    """What kernels read of a mask, made at its first call: start, end and tiles of the queries,
+    then start, end and tiles of the keys, whose spans are the queries that see each key."""
+    rows = TILE_ROWS.get(mask.device.type, TILE_ROWS["cpu"])
+    keys = mask.transposed()
+    return [mask.start, mask.end, mask.tiles(rows), keys.start, keys.end, keys.tiles(rows)]
 
 
 def inputs(
