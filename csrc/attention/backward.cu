@@ -8,7 +8,6 @@
 // them, for d_k and d_v. Scores are computed twice, and no sum depends on the order in which blocks
 // run.
 #include "attention/tile.cuh"
-#include "common/launch.cuh"
 
 namespace moca::attention {
 namespace {
@@ -148,12 +147,18 @@ __global__ void __launch_bounds__(S::kThreads)
 
 constexpr int kSumThreads = 256;
 
-// p.rows, `lanes` threads (a power of two) for each query and head.
+// Threads for each row of D, a power of two: each has 8 values.
+__host__ __device__ inline int lanes_of(int64_t dim) {
+  int lanes = 1;
+  while (lanes * 8 < dim) lanes *= 2;
+  return lanes;
+}
+
+// Makes p.rows.
 template <DType type>
 __global__ void __launch_bounds__(kSumThreads)
     attention_backward_rows(const __grid_constant__ AttentionCudaParams p) {
-  int lanes = 1;
-  while (lanes * 8 < p.dim) lanes *= 2;
+  const int lanes = lanes_of(p.dim);
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x) / lanes;
   const int64_t query = index / p.heads, head = index % p.heads;
   const int chunk = threadIdx.x % lanes;
@@ -173,33 +178,31 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 template <typename S>
-void run(const AttentionCudaParams& p) {
+void run(const AttentionCudaParams& p, Queue queue) {
   const Spans& spans = S::kHoldsKeys ? p.keys : p.queries;
   const int64_t heads = S::kHoldsKeys ? p.kv_heads : p.heads;
-  launch("attention_backward_mma", attention_backward_mma<S>,
-         count_work(spans, p.tile_rows, S::kRows, heads * S::kParts), S::kThreads, S::kSharedBytes,
-         p.stream, p);
+  launch_kernel("attention_backward_mma", attention_backward_mma<S>,
+                count_work(spans, p.tile_rows, S::kRows, heads * S::kParts), S::kThreads,
+                S::kSharedBytes, p, queue);
 }
 
 template <DType type>
-void backward(const AttentionCudaParams& p) {
-  int lanes = 1;
-  while (lanes * 8 < p.dim) lanes *= 2;
-  const int64_t rows = p.queries.size * p.heads;
-  launch("attention_backward_rows", attention_backward_rows<type>,
-         (rows * lanes + kSumThreads - 1) / kSumThreads, kSumThreads, 0, p.stream, p);
+void backward(const AttentionCudaParams& p, Queue queue) {
+  launch_kernel("attention_backward_rows", attention_backward_rows<type>,
+                ceil_div(p.queries.size * p.heads, kSumThreads / lanes_of(p.dim)), kSumThreads, 0,
+                p, queue);
   visit_dim(p.dim, [&](auto dim) {
-    run<Sizes<type, decltype(dim)::value, false>>(p);
-    run<Sizes<type, decltype(dim)::value, true>>(p);
+    run<Sizes<type, decltype(dim)::value, false>>(p, queue);
+    run<Sizes<type, decltype(dim)::value, true>>(p, queue);
   });
 }
 
 }  // namespace
 }  // namespace moca::attention
 
-void moca::attention_backward_cuda(const AttentionCudaParams& p) {
+void moca::attention_backward_cuda(const AttentionCudaParams& p, Queue queue) {
   if (p.dtype == DType::bfloat16)
-    attention::backward<DType::bfloat16>(p);
+    attention::backward<DType::bfloat16>(p, queue);
   else
-    attention::backward<DType::float16>(p);
+    attention::backward<DType::float16>(p, queue);
 }

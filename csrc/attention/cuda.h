@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "common/queue.h"
 
 namespace moca {
 
@@ -27,11 +28,10 @@ struct AttentionCudaParams {
   int64_t heads, kv_heads, dim;
   float softmax_scale;  // more than 0
   DType dtype;          // bfloat16 or float16
-  void* stream;
 };
 
 // Each throws std::runtime_error, with the kernel's name and shape, if a launch fails.
-void attention_forward_cuda(const AttentionCudaParams& params);
-void attention_backward_cuda(const AttentionCudaParams& params);
+void attention_forward_cuda(const AttentionCudaParams& params, Queue queue);
+void attention_backward_cuda(const AttentionCudaParams& params, Queue queue);
 
 }  // namespace moca

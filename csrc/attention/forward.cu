@@ -5,7 +5,6 @@
 // one of v in shared memory: while scores are computed from k, v arrives; while the softmax and its
 // product with v are computed, the next k arrives.
 #include "attention/tile.cuh"
-#include "common/launch.cuh"
 
 namespace moca::attention {
 namespace {
@@ -169,21 +168,21 @@ __global__ void __launch_bounds__(S::kThreads)
 }
 
 template <DType type>
-void forward(const AttentionCudaParams& p) {
+void forward(const AttentionCudaParams& p, Queue queue) {
   visit_dim(p.dim, [&](auto dim) {
     using S = Sizes<type, decltype(dim)::value>;
-    launch("attention_forward_mma", attention_forward_mma<S>,
-           count_work(p.queries, p.tile_rows, S::kRows, p.heads), S::kThreads, S::kSharedBytes,
-           p.stream, p);
+    launch_kernel("attention_forward_mma", attention_forward_mma<S>,
+                  count_work(p.queries, p.tile_rows, S::kRows, p.heads), S::kThreads,
+                  S::kSharedBytes, p, queue);
   });
 }
 
 }  // namespace
 }  // namespace moca::attention
 
-void moca::attention_forward_cuda(const AttentionCudaParams& p) {
+void moca::attention_forward_cuda(const AttentionCudaParams& p, Queue queue) {
   if (p.dtype == DType::bfloat16)
-    attention::forward<DType::bfloat16>(p);
+    attention::forward<DType::bfloat16>(p, queue);
   else
-    attention::forward<DType::float16>(p);
+    attention::forward<DType::float16>(p, queue);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cuda.h"
+#include "common/cuda.h"
 #include "common/ptx.cuh"
 
 namespace moca::attention {
@@ -9,7 +10,7 @@ namespace moca::attention {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // kRows rows of kDim 16-bit values in shared memory, in chunks of 16 bytes. Rows lie an odd number
 // of chunks apart, so that the eight rows that a matrix load reads at one column are in different
@@ -104,8 +105,25 @@ __device__ Work find_work(const Spans& spans, int64_t tile_rows) {
   return work;
 }
 
+// The blocks of threads for everything that find_work can find.
 inline int64_t count_work(const Spans& spans, int64_t tile_rows, int rows, int64_t heads) {
-  return spans.max_tiles * ((tile_rows + rows - 1) / rows) * heads;
+  return spans.max_tiles * ceil_div(tile_rows, rows) * heads;
+}
+
+template <typename... Arguments>
+void launch_kernel(const char* name, void (*kernel)(Arguments...), int64_t blocks, int threads,
+                   int shared, const AttentionCudaParams& p, Queue queue) {
+  launch({name,
+          {{"T", p.queries.size},
+           {"K", p.keys.size},
+           {"H", p.heads},
+           {"Hkv", p.kv_heads},
+           {"D", p.dim}},
+          queue,
+          dim3(static_cast<unsigned>(blocks)),
+          dim3(threads),
+          static_cast<size_t>(shared)},
+         kernel, p);
 }
 
 // scores = a b^T, of 16 kTiles rows of `a` from `row` and all rows of b. A lane holds of tile t of

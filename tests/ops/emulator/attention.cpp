@@ -5,12 +5,12 @@
 namespace {
 
 // What went wrong, or null.
-const char* run(void (*kernels)(const moca::AttentionCudaParams&),
+const char* run(void (*kernels)(const moca::AttentionCudaParams&, moca::Queue),
                 const moca::AttentionCudaParams* params, unsigned seed) {
   static std::string message;
   emulator::seed() = seed;
   try {
-    kernels(*params);
+    kernels(*params, {});
     return nullptr;
   } catch (const std::exception& error) {
     message = error.what();

@@ -9,10 +9,12 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <random>
@@ -29,10 +31,12 @@
 using std::max;
 using std::min;
 
-struct Index {
-  unsigned x;
+struct dim3 {
+  unsigned x = 1;
+  dim3() = default;
+  explicit dim3(unsigned x) : x(x) {}
 };
-inline Index threadIdx, blockIdx, gridDim;
+inline dim3 threadIdx, blockIdx, gridDim;
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -85,11 +89,12 @@ class Block {
       fiber.context.uc_link = &scheduler_;
       makecontext(&fiber.context, &Block::enter, 0);
     }
-    while (run_warp()) {
-    }
+    while (run_warp())
+      if (failure_) std::rethrow_exception(failure_);
     for (auto& fiber : fibers_)
       if (!fiber.done)
-        throw std::runtime_error("deadlock: " + std::to_string(&fiber - &fibers_[0]));
+        throw std::runtime_error("thread " + std::to_string(&fiber - &fibers_[0]) +
+                                 " waits for ever");
     if (!pending.empty()) throw std::runtime_error("the block ends before its copies do");
   }
 
@@ -129,7 +134,11 @@ class Block {
   static void enter() {
     Block& block = *active();
     const int thread = block.current_;
-    block.body_();
+    try {
+      block.body_();
+    } catch (...) {  // must not leave the fiber's stack
+      block.failure_ = std::current_exception();
+    }
     block.fibers_[thread].done = true;
   }
 
@@ -170,6 +179,7 @@ class Block {
 
   std::vector<Fiber> fibers_;
   std::function<void()> body_;
+  std::exception_ptr failure_;
   std::mt19937 random_;
   ucontext_t scheduler_;
   int current_ = 0;
@@ -180,15 +190,11 @@ inline unsigned& seed() {
   return value;
 }
 
-// Runs kernel(params) on every block.
-template <typename Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, int shared,
-            const std::decay_t<Params>& params) {
-  gridDim.x = static_cast<unsigned>(blocks);
-  for (int64_t block = 0; block < blocks; ++block) {
-    blockIdx.x = static_cast<unsigned>(block);
-    Block(threads, shared, [&] { kernel(params); }, seed()++).run();
-  }
+// Runs body on every thread of every block.
+inline void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+  gridDim = grid;
+  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+    Block(block.x, shared, body, seed()++).run();
 }
 
 }  // namespace emulator

@@ -1,8 +1,6 @@
 // csrc/common/ptx.cuh in plain C++, from NVIDIA's description of the instructions (PTX ISA 9.0).
 #pragma once
 
-#include <array>
-
 #include "common/dtype.h"
 #include "device.h"
 
