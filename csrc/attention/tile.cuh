@@ -97,8 +97,13 @@ __device__ Work find_work(const Spans& spans, int64_t tile_rows) {
     return work;
   }
   const int last = work.row + work.rows - 1;
-  work.begin = spans.start[work.row];
-  work.end = spans.end[last];
+  // Rows at either end that see nothing take part in nothing: what lies between their empty spans
+  // and the others' may be NaN that nobody sees.
+  int from = work.row, to = last;
+  while (from < to && spans.start[from] == spans.end[from]) ++from;
+  while (from < to && spans.start[to] == spans.end[to]) --to;
+  work.begin = spans.start[from];
+  work.end = spans.end[to];
   work.blocks = ceil_div(work.end - work.begin, kColumns);
   work.full_begin = ceil_div(spans.start[last] - work.begin, kColumns);
   work.full_end = (spans.end[work.row] - work.begin) / kColumns;

@@ -27,3 +27,5 @@ extern "C" const char* attention_forward(const moca::AttentionCudaParams* params
 extern "C" const char* attention_backward(const moca::AttentionCudaParams* params, unsigned seed) {
   return run(moca::attention_backward_cuda, params, seed);
 }
+
+extern "C" int sizeof_params() { return sizeof(moca::AttentionCudaParams); }
