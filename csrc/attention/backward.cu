@@ -73,10 +73,12 @@ __device__ void differentiate(typename S::Scores& scores, typename S::Scores& d_
 }
 
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, 1)
     attention_backward_mma(const __grid_constant__ AttentionCudaParams p) {
   const Spans& spans = S::kHoldsKeys ? p.keys : p.queries;
-  const Work work = find_work<S::kRows, S::kColumns>(spans, p.tile_rows);
+  const int64_t heads = S::kHoldsKeys ? p.kv_heads : p.heads;
+  const Work work =
+      find_work<S::kRows, S::kColumns>(spans, p.tile_rows, heads * S::kParts, blockIdx.x);
   if (work.rows == 0) return;
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const int head = work.head / S::kParts, part = work.head % S::kParts;  // of the held side
@@ -133,7 +135,6 @@ __global__ void __launch_bounds__(S::kThreads)
       multiply_weights<S::type>(output_second, scores, streamed(step, true), chunk);
   }
 
-  const int64_t heads = S::kHoldsKeys ? p.kv_heads : p.heads;
   const int column = part * (S::kDim / S::kParts);
   const int chunks = (static_cast<int>(p.dim) - column) / 8;
   const int64_t offset = (work.row * heads + head) * p.dim + column;

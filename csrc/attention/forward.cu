@@ -4,6 +4,7 @@
 // A block of threads holds a tile of queries and goes through its keys. There is one tile of k and
 // one of v in shared memory: while scores are computed from k, v arrives; while the softmax and its
 // product with v are computed, the next k arrives.
+#include "attention/softmax.cuh"
 #include "attention/tile.cuh"
 
 namespace moca::attention {
@@ -28,105 +29,10 @@ struct Sizes {
   using Output = float[kRowTiles][kDim / 8][4];
 };
 
-// A lane's rows of tile t: r = 0 is row `group`, r = 1 is row `group` + 8.
-template <int kRowTiles>
-struct Rows {
-  float top[kRowTiles][2], total[kRowTiles][2];  // largest score; sum of weights in this lane
-
-  __device__ Rows() {
-#pragma unroll
-    for (int t = 0; t < kRowTiles; ++t)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        top[t][r] = -kInfinity;
-        total[t][r] = 0;
-      }
-  }
-};
-
-// Scores of keys that a row does not see become -inf; `row` is the warp's first row of the tile,
-// `key` the first of the block. Few blocks need it, so what rows see is read anew each time.
 template <typename S>
-__device__ void hide(typename S::Scores& scores, const Spans& spans, const Work& work, int row,
-                     int key) {
-  const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-#pragma unroll
-  for (int t = 0; t < S::kRowTiles; ++t)
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int at = row + 16 * t + 8 * r + group;
-      const bool valid = at < work.rows;
-      const int start = valid ? spans.start[work.row + at] : 0;
-      const int end = valid ? spans.end[work.row + at] : 0;
-#pragma unroll
-      for (int n = 0; n < S::kKeys / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int column = key + 8 * n + 2 * pair + i;
-          if (column < start || column >= end) scores[t][n][2 * r + i] = -kInfinity;
-        }
-    }
-}
-
-// Turns scores into weights 2^(scale (score - top)) and rescales what was summed before.
-template <typename S>
-__device__ void weigh(typename S::Scores& scores, Rows<S::kRowTiles>& rows,
-                      typename S::Output& output, float scale) {
-#pragma unroll
-  for (int t = 0; t < S::kRowTiles; ++t)
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float top = rows.top[t][r];
-#pragma unroll
-      for (int n = 0; n < S::kKeys / 8; ++n)
-        top = fmaxf(top, fmaxf(scores[t][n][2 * r], scores[t][n][2 * r + 1]));
-      top = fmaxf(top, ptx::shuffle_xor(top, 1));  // the four lanes of a group share a row
-      top = fmaxf(top, ptx::shuffle_xor(top, 2));
-      const float shift = top == -kInfinity ? 0 : top * scale;  // no key seen so far
-      const float decay = ptx::exp2(rows.top[t][r] * scale - shift);
-      rows.top[t][r] = top;
-      float total = 0;
-#pragma unroll
-      for (int n = 0; n < S::kKeys / 8; ++n)
-#pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          scores[t][n][i] = ptx::exp2(fmaf(scores[t][n][i], scale, -shift));
-          total += scores[t][n][i];
-        }
-      rows.total[t][r] = rows.total[t][r] * decay + total;
-#pragma unroll
-      for (int n = 0; n < S::kDim / 8; ++n)
-#pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) output[t][n][i] *= decay;
-    }
-}
-
-// Writes lse, and finds what each row of the output is to be multiplied by.
-template <typename S>
-__device__ void finish_rows(const AttentionCudaParams& p, const Work& work,
-                            const Rows<S::kRowTiles>& rows, float (&factor)[S::kRowTiles][2],
-                            int row, float scale) {
-  const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-#pragma unroll
-  for (int t = 0; t < S::kRowTiles; ++t)
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float total = rows.total[t][r];
-      total += ptx::shuffle_xor(total, 1);
-      total += ptx::shuffle_xor(total, 2);
-      const bool seen = !(total == 0);  // NaN is seen
-      factor[t][r] = seen ? 1 / total : 0;
-      const int at = row + 16 * t + 8 * r + group;
-      if (pair == 0 && at < work.rows)
-        p.lse[(work.row + at) * p.heads + work.head] =
-            seen ? (rows.top[t][r] * scale + log2f(total)) * kLn2 : -kInfinity;
-    }
-}
-
-template <typename S>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, 1)
     attention_forward_mma(const __grid_constant__ AttentionCudaParams p) {
-  const Work work = find_work<S::kRows, S::kKeys>(p.queries, p.tile_rows);
+  const Work work = find_work<S::kRows, S::kKeys>(p.queries, p.tile_rows, p.heads, blockIdx.x);
   if (work.rows == 0) return;
   const typename S::Queries queries{ptx::shared_memory()};
   const typename S::Keys keys{queries.base + S::Queries::kBytes};
@@ -138,7 +44,7 @@ __global__ void __launch_bounds__(S::kThreads)
   const float scale = p.softmax_scale * kLog2e;
 
   const int warp_row = threadIdx.x / 32 * S::kWarpRows;
-  Rows<S::kRowTiles> rows;
+  Softmax<S::kRowTiles> softmax;
   typename S::Output output = {};
   if (work.blocks > 0) {
     copy_rows<S::kThreads>(queries, q, work.row, work.row + work.rows);
@@ -152,16 +58,18 @@ __global__ void __launch_bounds__(S::kThreads)
     typename S::Scores scores;
     multiply_rows<S::type>(scores, queries, warp_row, keys);
     if (block < work.full_begin || block >= work.full_end)
-      hide<S>(scores, p.queries, work, warp_row, key);
+      hide(scores, p.queries, work, warp_row, key);
     ptx::copy_async_wait<0>();
     __syncthreads();  // v is here; nobody reads this k any more
     if (block + 1 < work.blocks) copy_rows<S::kThreads>(keys, k, key + S::kKeys, work.end);
-    weigh<S>(scores, rows, output, scale);
+    float decay[S::kRowTiles][2];
+    softmax.weigh(scores, decay, scale);
+    rescale(output, decay);
     multiply_weights<S::type>(output, scores, values);
   }
 
   float factor[S::kRowTiles][2];
-  finish_rows<S>(p, work, rows, factor, warp_row, scale);
+  softmax.finish(p, work, factor, warp_row, scale);
   auto* out = static_cast<uint16_t*>(p.out) + (work.row * p.heads + work.head) * p.dim;
   store_rows<S::type>(out, p.heads * p.dim, queries, warp_row, work.rows,
                       static_cast<int>(p.dim) / 8, output, factor);

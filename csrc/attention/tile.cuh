@@ -79,17 +79,16 @@ struct Work {
   int head, row, rows, begin, end, blocks, full_begin, full_end;
 };
 
-// The work of block blockIdx.x: a part of at most kRows rows of a tile. Tiles of one head are
-// neighbours, since they share what they read; the plan has those with the most keys first. `rows`
-// is 0 where there is nothing to do.
+// The index-th piece of work: a part of at most kRows rows of a tile, of one head. Heads of a tile
+// are neighbours, since those that share k and v find them in the cache; the plan has tiles with
+// the most keys first and unused ones last. `rows` is 0 where there is nothing to do.
 template <int kRows, int kColumns>
-__device__ Work find_work(const Spans& spans, int64_t tile_rows) {
+__device__ Work find_work(const Spans& spans, int64_t tile_rows, int64_t heads, int index) {
   const int parts = ceil_div(static_cast<int>(tile_rows), kRows);
-  const int tiles = static_cast<int>(spans.max_tiles);
-  const int part = blockIdx.x % parts, rest = blockIdx.x / parts;
-  const Tile tile = spans.tiles[rest % tiles];
+  const int part = index / static_cast<int>(heads) % parts;
+  const Tile tile = spans.tiles[index / static_cast<int>(heads) / parts];
   Work work{};
-  work.head = rest / tiles;
+  work.head = index % static_cast<int>(heads);
   work.row = tile.row_begin + part * kRows;
   work.rows = min(tile.row_end - work.row, kRows);
   if (work.rows <= 0) {
@@ -110,14 +109,14 @@ __device__ Work find_work(const Spans& spans, int64_t tile_rows) {
   return work;
 }
 
-// The blocks of threads for everything that find_work can find.
+// How many pieces of work find_work knows.
 inline int64_t count_work(const Spans& spans, int64_t tile_rows, int rows, int64_t heads) {
   return spans.max_tiles * ceil_div(tile_rows, rows) * heads;
 }
 
-template <typename... Arguments>
+template <typename... Arguments, typename... More>
 void launch_kernel(const char* name, void (*kernel)(Arguments...), int64_t blocks, int threads,
-                   int shared, const AttentionCudaParams& p, Queue queue) {
+                   int shared, const AttentionCudaParams& p, Queue queue, const More&... more) {
   launch({name,
           {{"T", p.queries.size},
            {"K", p.keys.size},
@@ -128,7 +127,7 @@ void launch_kernel(const char* name, void (*kernel)(Arguments...), int64_t block
           dim3(static_cast<unsigned>(blocks)),
           dim3(threads),
           static_cast<size_t>(shared)},
-         kernel, p);
+         kernel, p, more...);
 }
 
 // scores = a b^T, of 16 kTiles rows of `a` from `row` and all rows of b. A lane holds of tile t of

@@ -20,9 +20,9 @@ struct Launch {
   size_t shared = 0;
 };
 
-template <typename Params>
-void launch(const Launch& at, void (*kernel)(Params), const Params& params) {
-  emulator::launch(at.grid, at.block, at.shared, [&] { kernel(params); });
+template <typename... Wanted, typename... Given>
+void launch(const Launch& at, void (*kernel)(Wanted...), const Given&... arguments) {
+  emulator::launch(at.grid, at.block, at.shared, [&] { kernel(arguments...); });
 }
 
 }  // namespace moca
