@@ -34,4 +34,8 @@ struct AttentionCudaParams {
 void attention_forward_cuda(const AttentionCudaParams& params, Queue queue);
 void attention_backward_cuda(const AttentionCudaParams& params, Queue queue);
 
+// The forward for Hopper, where it suits the call and the GPU; attention_forward_cuda asks.
+bool attention_suits_sm90a(const AttentionCudaParams& params, Queue queue);
+void attention_forward_sm90a(const AttentionCudaParams& params, Queue queue);
+
 }  // namespace moca

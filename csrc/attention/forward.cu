@@ -89,6 +89,9 @@ void forward(const AttentionCudaParams& p, Queue queue) {
 }  // namespace moca::attention
 
 void moca::attention_forward_cuda(const AttentionCudaParams& p, Queue queue) {
+#ifdef MOCA_HAS_SM90A
+  if (attention_suits_sm90a(p, queue)) return attention_forward_sm90a(p, queue);
+#endif
   if (p.dtype == DType::bfloat16)
     attention::forward<DType::bfloat16>(p, queue);
   else

@@ -24,6 +24,12 @@ extern "C" const char* attention_forward(const moca::AttentionCudaParams* params
   return run(moca::attention_forward_cuda, params, seed);
 }
 
+extern "C" const char* attention_forward_sm90a(const moca::AttentionCudaParams* params,
+                                               unsigned seed) {
+  if (!moca::attention_suits_sm90a(*params, {})) return "does not suit";
+  return run(moca::attention_forward_sm90a, params, seed);
+}
+
 extern "C" const char* attention_backward(const moca::AttentionCudaParams* params, unsigned seed) {
   return run(moca::attention_backward_cuda, params, seed);
 }

@@ -65,6 +65,7 @@ struct Meeting {
 class Block {
  public:
   static constexpr int kStackBytes = 128 * 1024;
+  const unsigned number = ++count();  // of all blocks, from 1
   std::vector<uint8_t> shared;
   std::vector<std::array<uint64_t, 8>> slots;  // what each thread brings to a meeting
   std::vector<Meeting> warps;
@@ -104,6 +105,11 @@ class Block {
   }
 
   int thread() const { return current_; }
+
+  static unsigned& count() {
+    static unsigned value = 0;
+    return value;
+  }
 
   void wait(const Counter& counter) {
     Fiber& fiber = fibers_[current_];

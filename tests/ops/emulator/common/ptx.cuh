@@ -24,13 +24,13 @@ struct Copies {
     const void* source;
   };
   std::vector<std::deque<std::vector<Copy>>> groups;  // of each thread; the last is open
-  const emulator::Block* owner = nullptr;
+  unsigned owner = 0;                                 // number of the block
 };
 
 inline std::deque<std::vector<Copies::Copy>>& copy_groups() {
   static Copies copies;
-  if (copies.owner != &block() || copies.groups.size() != block().slots.size()) {
-    copies.owner = &block();
+  if (copies.owner != block().number) {
+    copies.owner = block().number;
     copies.groups.assign(block().slots.size(), {{}});
   }
   return copies.groups[block().thread()];
@@ -156,6 +156,8 @@ float dot(uint32_t a, uint32_t b) {
 }
 
 inline void store_shared(uint32_t address, uint32_t value) { shared<uint32_t>(address) = value; }
+
+inline void store_shared(uint32_t address, uint4 value) { shared<uint4>(address) = value; }
 
 inline uint4 load_shared(uint32_t address) { return shared<uint4>(address); }
 
