@@ -68,7 +68,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 @pytest.fixture
 def emulated(library, monkeypatch) -> SimpleNamespace:
     """Makes moca_fast.ops.attention.cuda run on the emulator, on tensors of the CPU."""
-    settings = SimpleNamespace(seed=0)
+    settings = SimpleNamespace(seed=0, forward="attention_forward")
 
     def call(name, params, queue, **addresses):
         for field, address in addresses.items():
@@ -81,7 +81,7 @@ def emulated(library, monkeypatch) -> SimpleNamespace:
     native = SimpleNamespace(
         Spans=Spans,
         AttentionCudaParams=Params,
-        attention_forward_cuda=lambda *args: call("attention_forward", *args),
+        attention_forward_cuda=lambda *args: call(settings.forward, *args),
         attention_backward_cuda=lambda *args, **kw: call(
             "attention_backward", *args, kw.pop("queue"), **kw
         ),
@@ -106,11 +106,15 @@ class Emulated(torch.autograd.Function):
         return *cuda.backward(d_out, d_lse, *saved, ctx.plan, ctx.scale, False), None, None
 
 
-def run(inputs: list[Tensor], mask: SpanMask, scale: float) -> list[Tensor]:
+def plan(mask: SpanMask) -> list[Tensor]:
+    """What op.plan makes on a GPU."""
     keys, rows = mask.transposed(), TILE_ROWS["cuda"]
-    plan = [mask.start, mask.end, mask.tiles(rows), keys.start, keys.end, keys.tiles(rows)]
+    return [mask.start, mask.end, mask.tiles(rows), keys.start, keys.end, keys.tiles(rows)]
+
+
+def run(inputs: list[Tensor], mask: SpanMask, scale: float) -> list[Tensor]:
     with poisoned_memory():
-        return grads(lambda q, k, v: Emulated.apply(q, k, v, plan, scale), inputs)
+        return grads(lambda q, k, v: Emulated.apply(q, k, v, plan(mask), scale), inputs)
 
 
 def check(mask, *, heads=2, kv_heads=1, dim=40, dtype=torch.bfloat16, scale=None):
@@ -123,20 +127,61 @@ def check(mask, *, heads=2, kv_heads=1, dim=40, dtype=torch.bfloat16, scale=None
         assert_close_to_exact(*values, dtype, name)
 
 
+@pytest.fixture
+def hopper(emulated) -> SimpleNamespace:
+    """The same, with the forward for Hopper."""
+    emulated.forward = "attention_forward_sm90a"
+    return emulated
+
+
+LONG = {
+    "causal": SpanMask.causal(cu(5, 200)),
+    "window": SpanMask.window(cu(330), 90, 30),
+    "full": SpanMask.full(cu(300, 90, 3)),
+}
+
+
 @pytest.mark.parametrize("name", masks())
 def test_masks(name, emulated):
     check(masks()[name])
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [SpanMask.causal(cu(5, 200)), SpanMask.window(cu(330), 90, 30), SpanMask.full(cu(300, 90, 3))],
-    ids=["causal", "window", "full"],
-)
-@pytest.mark.parametrize("dim", [64, 80, 128])
-def test_full_and_masked_blocks(mask, dim, emulated):
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_full_and_masked_blocks(name, dim, emulated):
     """Documents of several tiles, with blocks that are seen whole and blocks that are not."""
-    check(mask, dim=dim, heads=1)
+    check(LONG[name], dim=dim, heads=1)
+
+
+@pytest.mark.parametrize("name", [name for name in masks() if name != "no token"])
+def test_masks_on_hopper(name, hopper):
+    check(masks()[name])
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_full_and_masked_blocks_on_hopper(name, dim, hopper):
+    check(LONG[name], dim=dim, heads=1)
+
+
+@pytest.mark.parametrize("dim", [40, 64, 72, 80, 88, 120, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dims_on_hopper(dim, dtype, hopper):
+    check(SpanMask.causal(cu(7, 50)), dim=dim, dtype=dtype)
+
+
+def test_pipeline_on_hopper(hopper):
+    """Many tiles for few multiprocessors, some that see nothing; warps in other orders."""
+    mask = SpanMask.causal(cu(3, 420, 200), total=900)
+    q, k, v, *_ = make(mask, 2, 1, 80, torch.bfloat16)
+    exact = oracle(q.double(), k.double(), v.double(), mask, 0.1)
+    usual = plain(q, k, v, mask, 0.1)
+    outputs = []
+    for hopper.seed in (1000, 2000):
+        with poisoned_memory():
+            outputs.append(cuda.forward(q, k, v, plan(mask), 0.1)[:2])
+    assert all(map(torch.equal, *outputs))
+    assert_close_to_exact(outputs[0][0], usual[0], exact[0], torch.bfloat16)
 
 
 @pytest.mark.parametrize("dim", [16, 24, 32, 56, 64, 72, 80, 88, 96, 104, 128, 136, 192, 200, 256])
@@ -167,7 +212,12 @@ def test_random_spans(emulated):
 def test_rows_that_see_nothing(emulated):
     """What is past the documents reaches nobody, be it NaN, and learns nothing."""
     mask = SpanMask.causal(cu(3, 40), total=50)
-    for dim in (16, 64):
+    for dim, emulated.forward in (
+        (16, "attention_forward"),
+        (64, "attention_forward"),
+        (64, "attention_forward_sm90a"),
+        (80, "attention_forward_sm90a"),
+    ):
         inputs = make(mask, 2, 1, dim, torch.bfloat16)
         clean = run(inputs, mask, 0.25)
         for x in inputs[:4]:
@@ -184,6 +234,17 @@ def test_strided_inputs(emulated):
     odd = torch.randn(51 * 4 * 32 + 1).bfloat16()[1:].view(51, 4, 32)  # not at 16 bytes
     spare = make(mask, 4, 2, 32, torch.bfloat16)[3:]
     for inputs in ((q, k[:, ::2], v[:, 1:3]), (strange, strange[:, :2], odd[:, 2:])):
+        got = run([*inputs, *spare], mask, 0.2)
+        want = run([*(x.contiguous().clone() for x in inputs), *spare], mask, 0.2)
+        assert all(map(torch.equal, got, want))
+
+
+def test_strided_inputs_on_hopper(hopper):
+    mask = SpanMask.causal(cu(21, 30))
+    q, k, v = torch.randn(51, 4, 3, 64).bfloat16().unbind(2)
+    turned = torch.randn(2, 51, 64).bfloat16().transpose(0, 1)
+    spare = make(mask, 4, 2, 64, torch.bfloat16)[3:]
+    for inputs in ((q, k[:, ::2], v[:, 1:3]), (q, turned, v[:, ::3])):
         got = run([*inputs, *spare], mask, 0.2)
         want = run([*(x.contiguous().clone() for x in inputs), *spare], mask, 0.2)
         assert all(map(torch.equal, got, want))
