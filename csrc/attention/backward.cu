@@ -66,8 +66,9 @@ __device__ void differentiate(typename S::Scores& scores, typename S::Scores& d_
         float& score = scores[0][n][2 * r + c];
         float& gradient = d_weights[0][n][2 * r + c];
         const bool seen = !kMasked || (start[r] <= at && at < end[r]);
-        score = seen ? ptx::exp2(fmaf(score, scale, -sums.lse)) : 0;
-        gradient = seen ? score * (gradient - sums.delta) : 0;
+        const bool alone = sums.lse == -kInfinity;
+        score = !seen ? 0 : alone ? 1 : ptx::exp2(fmaf(score, scale, -sums.lse));
+        gradient = seen ? score * ((alone ? 0 : gradient) - sums.delta) : 0;
       }
     }
 }
@@ -174,8 +175,10 @@ __global__ void __launch_bounds__(kSumThreads)
           ptx::dot<type>(out.z, d_out.z) + ptx::dot<type>(out.w, d_out.w);
   }
   for (int mask = 1; mask < lanes; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
-  if (valid && chunk == 0)
-    p.rows[head * p.queries.size + query] = {p.lse[index] * kLog2e, sum - p.d_lse[index]};
+  if (!valid || chunk != 0) return;
+  const bool alone = p.queries.end[query] - p.queries.start[query] == 1;
+  p.rows[head * p.queries.size + query] = {alone ? -kInfinity : p.lse[index] * kLog2e,
+                                           (alone ? 0 : sum) - p.d_lse[index]};
 }
 
 template <typename S>

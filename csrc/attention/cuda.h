@@ -7,7 +7,9 @@
 
 namespace moca {
 
-// What the backward needs of a query in one head: log2(e) lse, and rowsum(out * d_out) - d_lse.
+// What the backward needs of a query in one head: log2(e) lse, and rowsum(out * d_out) - d_lse. A
+// query of one key has its weight, 1, whatever the score is: its lse here is -inf, and its sum 0,
+// so that what roundings leave of 0 reaches no gradient.
 struct alignas(8) RowSums {
   float lse, delta;
 };

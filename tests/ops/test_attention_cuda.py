@@ -209,6 +209,17 @@ def test_random_spans(emulated):
         check(SpanMask(start, torch.maximum(start, end), 150), dim=16)
 
 
+def test_single_key_is_exact(emulated):
+    """A row with one key returns its value, and there is nothing to learn about the score."""
+    mask = SpanMask.full(cu(1, 1, 1))
+    for dtype in DTYPES:
+        inputs = make(mask, 2, 2, 40, dtype)
+        inputs[4].zero_()
+        out, _, d_q, d_k, d_v = run(inputs, mask, 0.3)
+        assert torch.equal(out, inputs[2]) and torch.equal(d_v, inputs[3])
+        assert not d_q.any() and not d_k.any()
+
+
 def test_rows_that_see_nothing(emulated):
     """What is past the documents reaches nobody, be it NaN, and learns nothing."""
     mask = SpanMask.causal(cu(3, 40), total=50)

@@ -13,7 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -70,7 +69,7 @@ class Block {
   std::vector<std::array<uint64_t, 8>> slots;  // what each thread brings to a meeting
   std::vector<Meeting> warps;
   Meeting barriers[16];
-  std::deque<std::function<void()>> pending;  // asynchronous work that no thread waits for itself
+  std::vector<std::function<void()>> pending;  // asynchronous work that no thread waits for itself
 
   Block(int threads, size_t shared_bytes, std::function<void()> body, unsigned seed)
       : shared(shared_bytes, 0xff),  // NaN
@@ -78,7 +77,8 @@ class Block {
         warps(threads / 32),
         fibers_(threads),
         body_(std::move(body)),
-        random_(seed) {}
+        random_(seed),
+        eager_(random_() % 2) {}
 
   void run() {
     active() = this;
@@ -159,7 +159,7 @@ class Block {
   bool run_warp() {
     const int warps = static_cast<int>(fibers_.size()) / 32;
     const int first = static_cast<int>(random_() % warps);
-    if (!pending.empty() && random_() % 2) return run_pending();
+    if (eager_ && !pending.empty() && random_() % 4 == 0) return run_pending();
     for (int i = 0; i < warps; ++i) {
       const int begin = (first + i) % warps * 32;
       bool ran = false;
@@ -176,9 +176,11 @@ class Block {
     return !pending.empty() && run_pending();
   }
 
+  // Copies end in any order.
   bool run_pending() {
-    auto work = std::move(pending.front());
-    pending.pop_front();
+    const auto chosen = pending.begin() + static_cast<long>(random_() % pending.size());
+    const auto work = std::move(*chosen);
+    pending.erase(chosen);
     work();
     return true;
   }
@@ -187,6 +189,7 @@ class Block {
   std::function<void()> body_;
   std::exception_ptr failure_;
   std::mt19937 random_;
+  const bool eager_;  // whether copies end before some thread cannot go on without them
   ucontext_t scheduler_;
   int current_ = 0;
 };

@@ -1,6 +1,8 @@
 // csrc/common/ptx.cuh in plain C++, from NVIDIA's description of the instructions (PTX ISA 9.0).
 #pragma once
 
+#include <deque>
+
 #include "common/dtype.h"
 #include "device.h"
 
