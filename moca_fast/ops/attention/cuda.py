@@ -16,9 +16,11 @@ CHUNK = 8  # values in 16 bytes, which kernels read at a time
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if reason := unsupported_tensors(q, k, v):
+        return reason
     if q.dtype == torch.float32:
-        return "float32 has no CUDA kernel: it runs on tensor cores, whose products are of 16 bits"
-    return unsupported_tensors(q, k, v)
+        return "float32 has no CUDA kernel: they run on tensor cores, in products of 16 bits"
+    return None
 
 
 def forward(
