@@ -62,7 +62,8 @@ def test_explain_checks_as_the_op_does():
 
 def test_named_backend_runs_or_says_why_not():
     assert attention(*inputs(), backend="cpu").shape == (7, 2, 16)
-    with pytest.raises(ValueError, match="backend 'cuda' cannot run this call: attention has no c"):
+    why = "this build holds no CUDA code|tensors are on cpu"
+    with pytest.raises(ValueError, match=f"backend 'cuda' cannot run this call: ({why})"):
         attention(*inputs(), backend="cuda")
     with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of .*, got 'gpu'"):
         attention(*inputs(), backend="gpu")
