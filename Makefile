@@ -4,6 +4,7 @@
 # make bench        benchmarks into benchmarks/results/, and docs/performance.md from them
 # make bench-smoke  the same on tiny sizes, into runs/: does everything run?
 # make sanitize     the tests of the native kernels under address and undefined-behaviour sanitizers
+# make cuda         the CUDA kernels for three architectures, no GPU needed: no warnings, no spills
 # make lint         ruff, mypy and clang-format
 #
 # DOCS=folder       use a folder of HTML pages instead of the Debian packages
@@ -20,10 +21,15 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt .ci/constraints.txt $(shell fi
 # build of torch: it is kept out of the environment, and the one test that needs it says where it is.
 TORCHVISION := .cache/torchvision
 
+# nvcc of these versions, outside the environment: torch's own packages may want others.
+NVCC := .cache/nvcc
+# CUDA kernels are only compiled where there is a GPU to run them; where nvcc is, setup.py finds it.
+export MOCA_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),,0)
+
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
 NAME ?= latest
 
-.PHONY: quickstart compare test bench bench-smoke sanitize lint clean
+.PHONY: quickstart compare test bench bench-smoke sanitize cuda lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
@@ -59,11 +65,21 @@ sanitize: $(VENV)/.test
 	  MOCA_CPU_ISA=$$isa $(SANITIZED) $(BIN)/pytest -q -m kernel -k "not reference" tests/ops || exit 1; \
 	done
 
+CUDA_TESTS := tests/build tests/ops/test_dispatch.py
+cuda: $(VENV)/.test $(NVCC)/.nvcc
+	$(PIP) cmake ninja pybind11
+	CUDACXX=$(abspath $(NVCC))/nvidia/cu13/bin/nvcc $(BIN)/cmake --preset cuda \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build --preset cuda
+	$(BIN)/python setup.py --quiet build_py --build-lib build/cuda/lib
+	env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/cuda/lib $(BIN)/pytest -q $(CUDA_TESTS)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
 	rm -rf build runs
@@ -88,3 +104,8 @@ $(VENV)/.test: $(VENV)/.quickstart
 $(TORCHVISION): $(VENV)/.torch
 	@echo "== torchvision for one test, outside the environment"
 	$(PIP) --no-deps --target $@ torchvision==0.28.0
+
+$(NVCC)/.nvcc: $(VENV)/.torch .ci/nvcc.txt
+	@echo "== nvcc in $(NVCC) (100 MB)"
+	$(PIP) --no-deps --upgrade --target $(NVCC) --requirement .ci/nvcc.txt
+	@touch $@

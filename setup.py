@@ -9,6 +9,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+GIB_A_COMPILER = 2.0  # of memory: more than any of ours takes
 PACKAGE_DIR = {
     "moca_fast": "moca_fast",
     "moca_triton": "kernels/moca_triton",
@@ -25,29 +26,56 @@ def packages() -> list[str]:
     return found
 
 
-def build_jobs() -> int:
-    """MAX_JOBS, else one job a core but no more than one for each 2 GiB of memory."""
-    if "MAX_JOBS" in os.environ:
-        jobs = os.environ["MAX_JOBS"]
-        if not jobs.isdigit() or int(jobs) < 1:
-            raise SystemExit(f"MAX_JOBS: expected a whole number of at least 1, got {jobs!r}")
-        return int(jobs)
-    jobs = os.cpu_count() or 1
+def setting(name: str) -> int | None:
+    """A positive whole number from the environment, or None where it is not set."""
+    value = os.environ.get(name, "")
+    if value and (not value.isdigit() or int(value) < 1):
+        raise SystemExit(f"{name}: expected a whole number of at least 1, got {value!r}")
+    return int(value) if value else None
+
+
+def free_gib() -> float:
+    """Memory that is free now, in GiB; where the system does not say, all there is, or 2."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]) / 2**20
+    except (OSError, StopIteration):
+        pass
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        jobs = min(jobs, max(1, int(gib // 2)))
-    return jobs
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return GIB_A_COMPILER
+
+
+def parallelism() -> tuple[int, int]:
+    """Compilers at a time, and architectures at a time in each nvcc.
+
+    MAX_JOBS and NVCC_THREADS, else as many as there are cores (and up to 4 architectures) and
+    free memory for.
+    """
+    room = max(1, int(free_gib() // GIB_A_COMPILER))
+    jobs = setting("MAX_JOBS") or min(os.cpu_count() or 1, room)
+    threads = setting("NVCC_THREADS") or min(4, max(1, room // jobs))
+    return jobs, threads
+
+
+def cuda_options() -> list[str]:
+    """What MOCA_CUDA (0, 1 or unset: where there is an nvcc) and MOCA_CUDA_ARCHS say to CMake."""
+    wanted = os.environ.get("MOCA_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"MOCA_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    modes = {"": "AUTO", "0": "OFF", "1": "ON"}
+    archs = os.environ.get("MOCA_CUDA_ARCHS", "")
+    return [f"-DMOCA_CUDA={modes[wanted]}", f"-DMOCA_CUDA_ARCHS={archs}"]
 
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        if os.environ.get("MOCA_CUDA", "0") not in ("0", ""):
-            raise SystemExit("MOCA_CUDA: this version has no CUDA sources; unset it or set it to 0")
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        jobs, nvcc_threads = parallelism()
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
@@ -56,14 +84,17 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMOCA_VERSION={self.distribution.get_version()}",
             f"-DMOCA_MODULE_NAME={target.name}",
+            f"-DMOCA_NVCC_THREADS={nvcc_threads}",
+            *cuda_options(),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "-j", str(build_jobs())], check=True)
+        subprocess.run(["cmake", "--build", str(build), "-j", str(jobs)], check=True)
 
 
-setup(
-    packages=packages(),
-    package_dir=PACKAGE_DIR,
-    ext_modules=[Extension("moca_fast._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+if __name__ == "__main__":
+    setup(
+        packages=packages(),
+        package_dir=PACKAGE_DIR,
+        ext_modules=[Extension("moca_fast._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )

@@ -9,6 +9,11 @@
 
 #include "common/binding.h"
 #include "common/isa.h"
+#include "common/queue.h"
+
+#ifndef MOCA_CUDA_ARCHS  // CMake defines it where CUDA is compiled: "80,90a"
+#define MOCA_CUDA_ARCHS ""
+#endif
 
 namespace py = pybind11;
 
@@ -77,11 +82,14 @@ PYBIND11_MODULE(_C, module) {
       .value("float32", DType::float32)
       .value("bfloat16", DType::bfloat16)
       .value("float16", DType::float16);
+  py::class_<moca::Queue>(module, "Queue").def(py::init([](int device, uintptr_t stream) {
+    return moca::Queue{device, stream};
+  }));
   module.def("build_info", [] {
     return std::map<std::string, std::string>{{"version", MOCA_VERSION},
                                               {"cpu_isas", MOCA_ISA_NAMES},
                                               {"compiler", __VERSION__},
-                                              {"cuda_archs", ""}};
+                                              {"cuda_archs", MOCA_CUDA_ARCHS}};
   });
   module.def("cpu_isa", [] { return moca::isa_name(moca::active_isa()); });
   module.def("supported_isas", [] {  // of this processor, widest last

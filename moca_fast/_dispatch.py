@@ -4,9 +4,13 @@ An op is a folder of `moca_fast/ops`; a backend of it is the module of that name
 (`moca_triton.<op>` for Triton) with three functions: `unsupported(*inputs) -> reason | None`,
 `forward` and `backward`; those of a loss whose backward would repeat the work of its forward have
 `forward_with_gradients` too. Nothing is registered anywhere: the module path is the registration.
+
+On a GPU, "auto" takes a kernel only where its tests have passed on that architecture
+(`moca_fast/_verified.py`); a named backend runs regardless.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +22,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from moca_fast import _verified
 
 # The order in which "auto" tries them. No call suits both cpu and triton, except where Triton is
 # interpreted (TRITON_INTERPRET=1): the CPU's kernels are then the ones to take.
@@ -53,6 +59,8 @@ def _load(op: str, backend: str) -> ModuleType | str:
     if find_spec(package) is None or find_spec(name) is None:
         return f"{op} has no {backend} kernel in this version"
     try:
+        if backend == "cuda" and not import_module("moca_fast._cuda").compiled():
+            return "this build holds no CUDA code: no nvcc, or MOCA_CUDA=0 (docs/wheels.md)"
         return import_module(name)
     except ImportError as error:
         return f"{name} does not import: {error}"
@@ -68,9 +76,22 @@ def _refusal(op: str, backend: str, inputs: tuple) -> str | None:
     return module if isinstance(module, str) else module.unsupported(*inputs)
 
 
+def _device(inputs: tuple) -> torch.device:
+    return next(x.device for x in inputs if isinstance(x, torch.Tensor))
+
+
+def _unproven(op: str, backend: str, inputs: tuple) -> str | None:
+    """Why "auto" does not take a kernel that could run: its tests have not passed on this GPU."""
+    device = _device(inputs)
+    if backend not in _verified.BACKENDS or device.type != "cuda":
+        return None
+    return _verified.reason(op, backend, _verified.architecture(device))
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A backend's forward and backward, in the dtypes they are given even inside autocast."""
+    """A backend's forward and backward, on the device and in the dtypes of what they are given:
+    whichever GPU is the current one, and even inside autocast."""
 
     module: ModuleType
 
@@ -87,21 +108,53 @@ class Kernel:
             return self.module.forward_with_gradients(*inputs)
 
     @staticmethod
-    def _as_given(inputs: tuple) -> torch.autocast:
-        device = next(x.device.type for x in inputs if isinstance(x, torch.Tensor))
-        return torch.autocast(device, enabled=False)
+    @contextmanager
+    def _as_given(inputs: tuple) -> Iterator[None]:
+        device = _device(inputs)
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.cuda.device(device.index if device.type == "cuda" else -1),  # -1 does nothing
+        ):
+            yield
 
 
 def select(op: str, backend: str, *inputs: object) -> Kernel:
     """The kernel that runs this call. A named backend runs or raises with its reason."""
     if backend != "auto":
         if reason := _refusal(op, backend, inputs):
-            raise ValueError(f"moca_fast.{op}: backend {backend!r} cannot run this call: {reason}")
+            other = _first(op, inputs)
+            raise ValueError(
+                f"moca_fast.{op}: backend {backend!r} cannot run this call: {reason}"
+                + (f"; backend 'auto' would take {other}" if other else "")
+            )
         return Kernel(_module(op, backend))
-    for name in BACKENDS:
-        if _refusal(op, name, inputs) is None:
-            return Kernel(_module(op, name))
-    raise ValueError(f"moca_fast.{op}: no backend runs this call\n{_reasons(op, inputs)}")
+    name = _first(op, inputs)
+    if name is None:
+        raise ValueError(f"moca_fast.{op}: no backend runs this call\n{_reasons(op, inputs)}")
+    if name == "reference":
+        for other in _verified.BACKENDS:
+            if _refusal(op, other, inputs) is None:
+                _warn_of_unproven(op, other, _verified.architecture(_device(inputs)))
+    return Kernel(_module(op, name))
+
+
+def _first(op: str, inputs: tuple) -> str | None:
+    """The backend that "auto" takes, or None if no backend runs this call."""
+    return next((name for name in BACKENDS if _auto_refusal(op, name, inputs) is None), None)
+
+
+def _auto_refusal(op: str, backend: str, inputs: tuple) -> str | None:
+    return _refusal(op, backend, inputs) or _unproven(op, backend, inputs)
+
+
+@cache
+def _warn_of_unproven(op: str, backend: str, architecture: str) -> None:
+    """Says once that the reference runs where a kernel could."""
+    warnings.warn(
+        f"moca_fast.{op}: the reference runs, slowly: tests of {backend} have not passed on "
+        f"{architecture}. MOCA_BACKEND={backend} runs it all the same",
+        stacklevel=2,
+    )
 
 
 def _module(op: str, backend: str) -> ModuleType:
@@ -111,7 +164,7 @@ def _module(op: str, backend: str) -> ModuleType:
 
 
 def _reasons(op: str, inputs: tuple) -> dict[str, str | None]:
-    return {name: _refusal(op, name, inputs) for name in BACKENDS}
+    return {name: _auto_refusal(op, name, inputs) for name in BACKENDS}
 
 
 @dataclass(frozen=True)
@@ -139,7 +192,10 @@ def explain(op: str, *args: object, **kwargs: object) -> Explanation:
         raise ValueError(f"explain: expected one of {op_names()}, got {op!r}")
     backend = requested(str(kwargs.pop("backend", "auto")))
     module = import_module(f"moca_fast.ops.{op}.op")
-    reasons = _reasons(op, module.inputs(*args, **kwargs))
+    inputs = module.inputs(*args, **kwargs)
+    reasons = _reasons(op, inputs)
+    if backend != "auto":
+        reasons[backend] = _refusal(op, backend, inputs)
     names = BACKENDS if backend == "auto" else (backend,)
     return Explanation(op, next((n for n in names if reasons[n] is None), None), reasons)
 

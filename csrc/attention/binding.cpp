@@ -5,6 +5,7 @@
 #include <array>
 
 #include "attention/attention.h"
+#include "attention/cuda.h"
 #include "attention/plan.h"
 
 namespace py = pybind11;
@@ -67,6 +68,55 @@ moca::AttentionParams params(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t ou
   return p;
 }
 
+#ifdef MOCA_CUDA_ARCHS
+// What masks hold is in the device's memory: nothing of it is checked here.
+void check_cuda_params(const moca::AttentionCudaParams& p) {
+  moca::require(p.dim >= 16 && p.dim <= 256 && p.dim % 8 == 0, "attention: bad dim");
+  moca::require(p.kv_heads >= 1 && p.heads >= 1 && p.heads % p.kv_heads == 0,
+                "attention: bad heads");
+  moca::require(p.dtype != moca::DType::float32, "attention: bad dtype");
+  moca::require(p.softmax_scale > 0, "attention: bad softmax_scale");
+  for (const int64_t stride : {p.q_token, p.q_head, p.k_token, p.k_head, p.v_token, p.v_head})
+    moca::require(stride % 8 == 0, "attention: rows are not aligned");
+  for (const void* data : {p.q, p.k, p.v, static_cast<const void*>(p.out)})
+    moca::require(reinterpret_cast<uintptr_t>(data) % 16 == 0, "attention: rows are not aligned");
+}
+
+void bind_cuda(py::module_& m) {
+  using moca::field;
+  using Params = moca::AttentionCudaParams;
+  moca::bind_params(m, "AttentionCudaParams", check_cuda_params, field("q", &Params::q),
+                    field("k", &Params::k), field("v", &Params::v),
+                    field("q_token", &Params::q_token), field("q_head", &Params::q_head),
+                    field("k_token", &Params::k_token), field("k_head", &Params::k_head),
+                    field("v_token", &Params::v_token), field("v_head", &Params::v_head),
+                    field("out", &Params::out), field("lse", &Params::lse),
+                    field("queries", &Params::queries), field("keys", &Params::keys),
+                    field("tile_rows", &Params::tile_rows), field("heads", &Params::heads),
+                    field("kv_heads", &Params::kv_heads), field("dim", &Params::dim),
+                    field("softmax_scale", &Params::softmax_scale), field("dtype", &Params::dtype));
+  m.def("attention_forward_cuda", [](const Params& p, moca::Queue queue) {
+    py::gil_scoped_release release;
+    moca::attention_forward_cuda(p, queue);
+  });
+  m.def(
+      "attention_backward_cuda",
+      [](Params p, uintptr_t d_out, uintptr_t d_lse, uintptr_t rows, uintptr_t d_q, uintptr_t d_k,
+         uintptr_t d_v, moca::Queue queue) {
+        p.d_out = moca::pointer<>(d_out);
+        p.d_lse = moca::pointer<const float>(d_lse);
+        p.rows = moca::pointer<moca::RowSums>(rows);
+        p.d_q = moca::pointer<>(d_q);
+        p.d_k = moca::pointer<>(d_k);
+        p.d_v = moca::pointer<>(d_v);
+        py::gil_scoped_release release;
+        moca::attention_backward_cuda(p, queue);
+      },
+      "params"_a, py::kw_only(), "d_out"_a, "d_lse"_a, "rows"_a, "d_q"_a, "d_k"_a, "d_v"_a,
+      "queue"_a);
+}
+#endif
+
 }  // namespace
 
 MOCA_BINDING(attention, m) {
@@ -107,4 +157,7 @@ MOCA_BINDING(attention, m) {
         moca::attention_backward(p);
       },
       "params"_a, py::kw_only(), "d_out"_a, "d_lse"_a, "delta"_a, "d_q"_a, "d_k"_a, "d_v"_a);
+#ifdef MOCA_CUDA_ARCHS
+  bind_cuda(m);
+#endif
 }

@@ -30,4 +30,18 @@ MOCA_BINDING(masked_patch_mse, m) {
           py::gil_scoped_release release;
           moca::masked_patch_mse_backward(p);
         });
+#ifdef MOCA_CUDA_ARCHS
+  m.def("masked_patch_mse_forward_cuda", [](Params p, uintptr_t row_loss, moca::Queue queue) {
+    p.row_loss = moca::pointer<float>(row_loss);
+    py::gil_scoped_release release;
+    moca::masked_patch_mse_forward_cuda(p, queue);
+  });
+  m.def("masked_patch_mse_backward_cuda",
+        [](Params p, uintptr_t d_loss, uintptr_t d_pred, moca::Queue queue) {
+          p.d_loss = moca::pointer<const float>(d_loss);
+          p.d_pred = moca::pointer<>(d_pred);
+          py::gil_scoped_release release;
+          moca::masked_patch_mse_backward_cuda(p, queue);
+        });
+#endif
 }

@@ -3,6 +3,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/queue.h"
 
 namespace moca {
 
@@ -16,8 +17,13 @@ struct MaskedPatchMseParams {
   int64_t rows, row_size, num_patches;
   DType pred_dtype, patches_dtype;
   bool normalize;
-  int threads;
+  int threads;  // of the CPU
 };
+
+// On a GPU. An entry of index outside of patches makes its row NaN: it is not read back to be
+// refused.
+void masked_patch_mse_forward_cuda(const MaskedPatchMseParams& p, Queue queue);
+void masked_patch_mse_backward_cuda(const MaskedPatchMseParams& p, Queue queue);
 
 }  // namespace moca
 

@@ -26,4 +26,18 @@ MOCA_BINDING(pool, m) {
     py::gil_scoped_release release;
     moca::pool_backward(p);
   });
+#ifdef MOCA_CUDA_ARCHS
+  m.def("pool_pieces", &moca::pool_pieces);
+  m.def("pool_forward_cuda", [](const Params& p, uintptr_t sums, moca::Queue queue) {
+    py::gil_scoped_release release;
+    moca::pool_forward_cuda(p, moca::pointer<float>(sums), queue);
+  });
+  m.def("pool_backward_cuda",
+        [](Params p, uintptr_t d_pooled, uintptr_t d_hidden, moca::Queue queue) {
+          p.d_pooled = moca::pointer<const float>(d_pooled);
+          p.d_hidden = moca::pointer<>(d_hidden);
+          py::gil_scoped_release release;
+          moca::pool_backward_cuda(p, queue);
+        });
+#endif
 }

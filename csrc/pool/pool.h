@@ -3,6 +3,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/queue.h"
 
 namespace moca {
 
@@ -16,8 +17,14 @@ struct PoolParams {
   int64_t documents, tokens, dim;
   DType dtype;
   bool mean, normalize;
-  int threads;
+  int threads;  // of the CPU
 };
+
+// On a GPU. A document whose boundaries are out of order or past T gets NaN.
+// `sums` is room for (pool_pieces(p), D) float32.
+int64_t pool_pieces(const PoolParams& p);
+void pool_forward_cuda(const PoolParams& p, float* sums, Queue queue);
+void pool_backward_cuda(const PoolParams& p, Queue queue);
 
 }  // namespace moca
 

@@ -88,13 +88,14 @@ SOURCES = [
     path
     for folder in ("moca_fast", "kernels", "python", "csrc")
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in (".py", ".cpp", ".h")
+    if path.suffix in (".py", ".cpp", ".h", ".cu")
 ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    limit = 500 if path.suffix == ".cu" else 400
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -16,7 +16,7 @@ def forward(pred: Tensor, patches: Tensor, index: Tensor, normalize: bool) -> Te
         return pred.new_zeros((), dtype=torch.float32)
     pred, patches, index = pred.contiguous(), patches.contiguous(), index.contiguous()
     row_loss = torch.empty(index.shape, dtype=torch.float32)
-    params = _params(pred, patches, index, normalize)
+    params = kernel_params(pred, patches, index, normalize)
     _C.masked_patch_mse_forward(params, row_loss.data_ptr())
     return row_loss.mean(dtype=torch.float64).float()
 
@@ -27,12 +27,12 @@ def backward(
     pred, patches, index = pred.contiguous(), patches.contiguous(), index.contiguous()
     d_pred = torch.empty_like(pred)
     d_loss = d_loss.to(torch.float32)
-    params = _params(pred, patches, index, normalize)
+    params = kernel_params(pred, patches, index, normalize)
     _C.masked_patch_mse_backward(params, d_loss.data_ptr(), d_pred.data_ptr())
     return d_pred
 
 
-def _params(
+def kernel_params(
     pred: Tensor, patches: Tensor, index: Tensor, normalize: bool
 ) -> "_C.MaskedPatchMseParams":
     return _C.MaskedPatchMseParams(

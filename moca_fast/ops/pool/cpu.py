@@ -18,7 +18,7 @@ def forward(
     documents = cu_seqlens.shape[0] - 1
     pooled = torch.empty((documents, hidden.shape[1]), dtype=torch.float32)
     norm = torch.empty(documents, dtype=torch.float32)
-    _C.pool_forward(_params(hidden, cu_seqlens, pooled, norm, mean, normalize))
+    _C.pool_forward(kernel_params(hidden, cu_seqlens, pooled, norm, mean, normalize))
     return pooled, norm
 
 
@@ -34,12 +34,12 @@ def backward(
     hidden, cu_seqlens = hidden.contiguous(), cu_seqlens.contiguous()
     d_pooled = d_pooled.contiguous()
     d_hidden = torch.empty_like(hidden)
-    params = _params(hidden, cu_seqlens, pooled, norm, mean, normalize)
+    params = kernel_params(hidden, cu_seqlens, pooled, norm, mean, normalize)
     _C.pool_backward(params, d_pooled.data_ptr(), d_hidden.data_ptr())
     return d_hidden
 
 
-def _params(
+def kernel_params(
     hidden: Tensor,
     cu_seqlens: Tensor,
     pooled: Tensor,
