@@ -17,12 +17,12 @@ WORK = Pool(tokens=50, dim=8, documents=4)
 def call(change=lambda out: out) -> Call:
     leaves, d_out = WORK.leaves("cpu"), WORK.d_out("cpu")
     right = moca(WORK, leaves, d_out, backend="cpu")
-    return Call(lambda *x: change(right.function(*x)), leaves, d_out).prepared(True)
+    return Call(lambda *x: change(right.function(*x)), leaves, d_out).prepared(WORK)
 
 
 def test_a_right_result_passes():
     assert check(call(), WORK.expected("cpu"), torch.float32, FACTOR) <= 1
-    peer = segment_mean(WORK, WORK.leaves("cpu"), WORK.d_out("cpu")).prepared(True)
+    peer = segment_mean(WORK, WORK.leaves("cpu"), WORK.d_out("cpu")).prepared(WORK)
     check(peer, WORK.expected("cpu"), torch.float32, FACTOR)
 
 
