@@ -63,14 +63,14 @@ class Attention(Work):
     def d_out(self, device: str) -> Tensor:
         return self.randn(sum(self.lengths), self.heads, self.dim, device=device, seed=3)
 
-    def checked(self, place: int, tensor: Tensor) -> Tensor:
+    def checked(self, leaf: int | None, tensor: Tensor) -> Tensor:
         """Where all would take too long, the first and the last head of the keys, with the queries
         that share them."""
         kv_heads = self.kv_heads or self.heads
         if self.cost().flops <= MOST_CHECKED or kv_heads <= 2:
             return tensor
         heads = torch.tensor([0, kv_heads - 1], device=tensor.device)
-        if place in (0, 1):  # the result and q
+        if not leaf:  # the result and q
             group = self.heads // kv_heads
             heads = (heads[:, None] * group + torch.arange(group, device=tensor.device)).flatten()
         return tensor[:, heads]

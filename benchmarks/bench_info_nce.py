@@ -97,7 +97,8 @@ class CachedLoss(Call):
 
     def run(self) -> tuple[Tensor, ...]:
         leaves = [leaf.detach().requires_grad_(self.backward) for leaf in self.leaves]
-        return self.function(*leaves).detach(), *(leaf.grad for leaf in leaves if self.backward)
+        loss: Any = self.function(*leaves)
+        return (loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None))
 
 
 def cached_sentence_transformers(
