@@ -3,6 +3,7 @@
 # make test         the test suite
 # make bench        benchmarks into benchmarks/results/, and docs/performance.md from them
 # make bench-smoke  the same on tiny sizes, into runs/: does everything run?
+# make gpu          on a machine with a GPU, in ten minutes: build, test, measure; into runs/gpu
 # make sanitize     the tests of the native kernels under address and undefined-behaviour sanitizers
 # make cuda         the CUDA kernels for three architectures, no GPU needed: no warnings, no spills
 # make lint         ruff, mypy and clang-format
@@ -10,6 +11,8 @@
 # DOCS=folder       use a folder of HTML pages instead of the Debian packages
 # ARGS="key=value"  settings of `moca quickstart`, e.g. ARGS="output=runs/again seed=1"; options of
 #                   pytest for test and bench, e.g. ARGS="-k attention"
+#                   for gpu, those of python -m benchmarks.gpu, e.g. ARGS="--stage bench"
+# OUT=folder        of the results of make gpu
 # NAME=machine      the file of `make bench` in benchmarks/results/
 
 PYTHON ?= python3
@@ -29,7 +32,7 @@ export MOCA_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),,0)
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
 NAME ?= latest
 
-.PHONY: quickstart compare test bench bench-smoke sanitize cuda lint clean
+.PHONY: quickstart compare test bench bench-smoke gpu sanitize cuda lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
@@ -49,6 +52,10 @@ bench-smoke: $(VENV)/.test
 	$(BENCH) --size tiny --peers --benchmark-json=runs/bench-smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report runs/bench-smoke.json --output=runs/bench-smoke.md
 
+# With whatever Python and packages the machine has: nothing is fetched, and no environment made.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--output=$(OUT)) $(ARGS)
+
 # Python must load the sanitizers' runtimes first, and libstdc++ for them to see exceptions. Torch
 # and Python never free some things, so leaks are not looked for.
 PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
@@ -65,7 +72,7 @@ sanitize: $(VENV)/.test
 	  MOCA_CPU_ISA=$$isa $(SANITIZED) $(BIN)/pytest -q -m kernel -k "not reference" tests/ops || exit 1; \
 	done
 
-CUDA_TESTS := tests/build tests/ops/test_dispatch.py
+CUDA_TESTS := tests/packaging tests/ops/test_dispatch.py
 cuda: $(VENV)/.test $(NVCC)/.nvcc
 	$(PIP) cmake ninja pybind11
 	CUDACXX=$(abspath $(NVCC))/nvidia/cu13/bin/nvcc $(BIN)/cmake --preset cuda \

@@ -11,13 +11,18 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import moca_fast
-from benchmarks.harness import Call, Cost, Runner, Target, Work
+from benchmarks import peers_attention
+from benchmarks.harness import BEST, OURS, Call, Cost, Target, Work
+from benchmarks.peers_attention import SDPA, SDPA_CUDNN, VARLEN
 from moca_fast import SpanMask
 from moca_fast.ops.attention.op import TILE_ROWS, plan
+
+MOST_CHECKED = 2e12  # operations, of a work that is checked on all heads
+ORACLE_SCORES = 1 << 28  # in float64 at a time, made again in the backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +45,11 @@ class Attention(Work):
         pairs = sum(length**2 for length in self.lengths) * self.heads
         queries = sum(self.lengths) * self.heads * self.dim * self.torch_dtype.itemsize
         keys = queries * (self.kv_heads or self.heads) // self.heads
-        flops, traffic = 4 * pairs * self.dim, 2 * queries + 2 * keys  # reads q, k, v; writes out
+        flops = traffic = 0
+        if self.forward:  # reads q, k, v; writes out
+            flops, traffic = 4 * pairs * self.dim, 2 * queries + 2 * keys
         if self.backward:  # reads q, k, v, out and its gradient; writes those of q, k, v
-            flops, traffic = flops * 7 // 2, traffic + 4 * queries + 4 * keys
+            flops, traffic = flops + 10 * pairs * self.dim, traffic + 4 * queries + 4 * keys
         return Cost(flops, traffic)
 
     def leaves(self, device: str) -> tuple[Tensor, ...]:
@@ -56,14 +63,41 @@ class Attention(Work):
     def d_out(self, device: str) -> Tensor:
         return self.randn(sum(self.lengths), self.heads, self.dim, device=device, seed=3)
 
+    def checked(self, leaf: int | None, tensor: Tensor) -> Tensor:
+        """Where all would take too long, the first and the last head of the keys, with the queries
+        that share them."""
+        kv_heads = self.kv_heads or self.heads
+        if self.cost().flops <= MOST_CHECKED or kv_heads <= 2:
+            return tensor
+        heads = torch.tensor([0, kv_heads - 1], device=tensor.device)
+        if not leaf:  # the result and q
+            group = self.heads // kv_heads
+            heads = (heads[:, None] * group + torch.arange(group, device=tensor.device)).flatten()
+        return tensor[:, heads]
+
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        outs, group = [], self.heads // k.shape[1]
+        outs, group = [], q.shape[1] // k.shape[1]
         for parts in zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True):
             queries, keys, values = (x.transpose(0, 1) for x in parts)
             keys, values = (x.repeat_interleave(group, 0) for x in (keys, values))
-            scores = queries * self.dim**-0.5 @ keys.transpose(1, 2)
-            outs.append((scores.softmax(-1) @ values).transpose(0, 1))
+            rows = queries.shape[1]
+            if q.dtype == torch.float64:
+                rows = max(1, ORACLE_SCORES // keys.shape[:2].numel())
+            if rows >= queries.shape[1]:
+                out = _attend(queries, keys, values)
+            else:
+                out = torch.cat([
+                    checkpoint(_attend, some, keys, values, use_reentrant=False)
+                    for some in queries.split(rows, dim=1)
+                ], dim=1)  # fmt: skip
+            outs.append(out.transpose(0, 1))
         return torch.cat(outs)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(H, S, D) of one document."""
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(1, 2)
+    return scores.softmax(-1) @ v
 
 
 def moca(work: Attention, leaves: tuple[Tensor, ...], d_out: Tensor, backend: str) -> Call:
@@ -81,26 +115,6 @@ def moca(work: Attention, leaves: tuple[Tensor, ...], d_out: Tensor, backend: st
         return cast(Tensor, moca_fast.attention(q, k, v, mask, backend=backend))
 
     return Call(function, leaves, d_out, info=info)
-
-
-def sdpa(work: Attention, leaves: tuple[Tensor, ...], d_out: Tensor) -> Call:
-    """Documents as rows of a batch (B, H, S, D), padded and masked if their lengths differ."""
-    longest = max(work.lengths)
-    lengths = torch.tensor(work.lengths, device=d_out.device)
-    real = torch.arange(longest, device=d_out.device) < lengths[:, None]  # (B, S)
-    mask = None if real.all() else real[:, None, None]
-
-    def pad(x: Tensor) -> Tensor:
-        padded = x.new_zeros(*real.shape, *x.shape[1:])
-        padded[real] = x
-        return padded.transpose(1, 2).contiguous()
-
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grouped = work.kv_heads is not None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-
-    padded = [pad(leaf) for leaf in leaves]
-    return Call(function, padded, pad(d_out), undo=lambda x: x.transpose(1, 2)[real])
 
 
 def mix(count: int, shortest: int, longest: int) -> tuple[int, ...]:
@@ -123,13 +137,13 @@ def _full() -> Iterator[Attention]:
     for dim in (64, 128):
         for dtype, forward, both in (("bfloat16", 3.5, 2.5), ("float32", 1.9, 1.7)):
             dense = replace(DENSE, dim=dim, dtype=dtype)
-            yield replace(dense, backward=False, target=Target(forward))
-            yield replace(dense, target=Target(both))
-    yield replace(IMAGES, backward=False, target=Target(3))
+            yield replace(dense, backward=False, targets=(Target(forward),))
+            yield replace(dense, targets=(Target(both),))
+    yield replace(IMAGES, backward=False, targets=(Target(3),))
     yield IMAGES
-    yield replace(DENSE, kv_heads=2, backward=False, target=Target(3.5))
+    yield replace(DENSE, kv_heads=2, backward=False, targets=(Target(3.5),))
     for backward in (False, True):
-        yield replace(SHORT, backward=backward, target=Target(8))
+        yield replace(SHORT, backward=backward, targets=(Target(8),))
         for work in QUICKSTART:
             yield replace(work, backward=backward)
     yield from _scaling()
@@ -149,7 +163,29 @@ def _scaling() -> Iterator[Attention]:
         yield replace(forward, what=what, lengths=lengths, threads=threads, axis=place)
 
 
-PEERS = [Runner("torch", sdpa, yardstick=True)]
+def _gpu() -> Iterator[Attention]:
+    # Two heads of 128 dims for the keys of 16: the text tower of Qwen2.5-VL-3B.
+    text = replace(DENSE, kv_heads=2)
+    cpt = replace(text, what="CPT mix, 16 documents of 200-4000", lengths=mix(16, 200, 4000))
+    short = replace(text, what="2048 documents of 16-256", lengths=mix(2048, 16, 256))
+    images = replace(IMAGES, what="64 images of 1024", lengths=(1024,) * 64)
+    yield replace(cpt, targets=(Target(2, over=SDPA), Target(1.1, over=VARLEN)))
+    yield replace(short, targets=(Target(1.5, over=BEST),))
+    yield replace(images, targets=(Target(1.15, over=BEST),))
+    for tokens in (4096, 8192, 16384):
+        dense = replace(DENSE, what=f"S {tokens}", lengths=(tokens,), heads=64, kv_heads=8)
+        yield replace(dense, backward=False, targets=_over_cudnn(0.75, 0.95))
+        yield replace(dense, forward=False, targets=_over_cudnn(0.75, 0.9))
+
+
+def _over_cudnn(triton: float, cuda: float) -> tuple[Target, ...]:
+    return (
+        Target(triton, over=SDPA_CUDNN, runner=f"{OURS}[triton]"),
+        Target(cuda, over=SDPA_CUDNN, runner=f"{OURS}[cuda]"),
+    )
+
+
+PEERS = peers_attention.PEERS
 WORKS = {
     "tiny": [
         Attention(what="9 documents", lengths=mix(9, 1, 40), heads=4, kv_heads=2, dim=24),
@@ -158,6 +194,7 @@ WORKS = {
         ),
     ],
     "full": list(_full()),
+    "gpu": list(_gpu()),
 }
 
 

@@ -9,7 +9,7 @@ float32 even there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
@@ -24,16 +24,14 @@ from moca.data.encode import Encoder
 from moca.data.packing import document_cost, pack
 from moca.embed import Embedder
 from moca.model import MocaModel, split_documents
-from moca.optim import build_optimizers
-from moca.pretrain import IGNORE, MaskedBatch, PretrainObjective, mask_batch
+from moca.pretrain import MaskedBatch, mask_batch
 from moca.quickstart.run import BATCH, CPT_COST, IMAGES, TRAINING
 from moca.run import resolve_precision, seeded
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import moca_fast
-from benchmarks import padded
-from benchmarks.harness import Call, Cost, Expected, Runner, Target, Work, largest_difference
+from benchmarks import padded, steps
+from benchmarks.harness import Cost, Expected, Runner, Target, Work
 from benchmarks.miniatures import (
     DOCUMENTS,
     POSITIVES,
@@ -46,14 +44,12 @@ from benchmarks.miniatures import (
     documents,
     tokenizer,
 )
+from benchmarks.steps import Step, on_backend, training
 
 # Configurations name files; nothing here reads or writes one.
 PATHS: dict[str, Any] = {"model": "-", "output": "-"}
 TEMPERATURE = 0.05
 SORTED_CHUNKS = 4
-# A single number may agree with the oracle by chance: so many roundings are allowed in any case.
-LEAST_ROUNDINGS = 2
-PROFILED = 12  # operations listed by the time they take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +103,8 @@ class System(Work):
         return ContrastConfig(**PATHS, pairs={"mixed": "-"}, temperature=TEMPERATURE, **TRAINING)
 
     def expected(self, device: str) -> list[Expected]:
-        rough = alone(self, device, self.torch_dtype).run()
-        exact = alone(self, device, torch.float64).run()
-        least = LEAST_ROUNDINGS * torch.finfo(self.torch_dtype).eps
-        return [
-            Expected(e, max(largest_difference(r, e), least * float(e.abs().max())))
-            for r, e in zip(rough, exact, strict=True)
-        ]
+        rough = alone(self, device, self.torch_dtype)
+        return steps.expected(rough, alone(self, device, torch.float64), self.torch_dtype)
 
     def cost(self) -> Cost:
         return _counted(self)
@@ -128,92 +119,14 @@ def _counted(work: System) -> Cost:
     return Cost(counter.get_total_flops(), 0, step.info["tokens"])
 
 
-class Step(Call):
-    """A training step or an encoding: everything is inside, there is nothing to differentiate."""
-
-    def __init__(self, work: Callable[[], Sequence[Tensor]], tokens: int) -> None:
-        super().__init__(lambda: torch.empty(0), (), torch.empty(0), info={"tokens": tokens})
-        self.work = work
-
-    def prepared(self, backward: bool) -> Step:
-        return self
-
-    def run(self) -> tuple[Tensor, ...]:
-        return tuple(self.work())
-
-    def report(self) -> dict[str, Any]:
-        """Where the time goes: the operations with the most, as fractions of all."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            self.run()
-        events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
-        total = sum(event.self_cpu_time_total for event in events) or 1
-        shares = [(e.key, e.self_cpu_time_total / total, e.count) for e in events[:PROFILED]]
-        return {**self.info, "profile": shares}
-
-
-def training(
-    work: System,
-    model: MocaModel,
-    objective: nn.Module,
-    losses: Callable[[], Iterator[Tensor]],
-    tokens: int,
-) -> Step:
-    """A step of either stage: (loss, norm of the gradient, gradient of an early bias).
-
-    Args:
-        losses: parts of the loss; each is differentiated before the next is made.
-    """
-    objective.train()
-    config, device = work.config(), model.device.type
-    optimizers = build_optimizers(objective, config)
-    mixed = work.dtype == "bfloat16" and model.vlm.dtype == torch.float32
-    early = model.language_model.layers[0].self_attn.q_proj.bias
-
-    def step() -> tuple[Tensor, ...]:
-        total, parts = 0.0, losses()
-        while True:
-            with torch.autocast(device, torch.bfloat16, enabled=mixed):
-                part = next(parts, None)
-            if part is None:
-                break
-            part.backward()
-            total += float(part.detach())
-        gradient = early.grad.clone()
-        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), config.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return torch.tensor(total, dtype=torch.float64), norm.detach(), gradient
-
-    return Step(step, tokens)
-
-
 def moca(work: System, leaves: tuple, d_out: Tensor, backend: str) -> Step:
     model = build(work.model, "moca_fast").to(d_out.device)
     step = {"cpt": _cpt, "contrast": _contrast, "encode": _encode}[work.kind](work, model)
-    inner = step.work
-
-    def on_backend() -> Sequence[Tensor]:
-        with moca_fast.use_backend(backend):
-            return inner()
-
-    step.work = on_backend
-    return step
+    return on_backend(step, backend)
 
 
 def _cpt(work: System, model: MocaModel) -> Step:
-    masked, config = work.masked_batch(), work.config()
-    masked = MaskedBatch(
-        masked.batch.to(model.device),
-        *(t.to(model.device) for t in (masked.labels, masked.patches, masked.units)),
-    )
-    objective = _pretraining(model)
-
-    def losses() -> Iterator[Tensor]:
-        mlm, _, mae, _ = objective(masked)
-        yield mlm + config.mae_weight * mae
-
-    return training(work, model, objective, losses, len(masked.labels))
+    return steps.cpt(work, model, work.masked_batch(), work.config())
 
 
 def _contrast(work: System, model: MocaModel) -> Step:
@@ -223,7 +136,7 @@ def _contrast(work: System, model: MocaModel) -> Step:
     def losses() -> Iterator[Tensor]:
         yield objective(batch)
 
-    return training(work, model, objective, losses, len(batch.batch.input_ids))
+    return training(work, model, objective, losses, len(batch.batch.input_ids), work.config())
 
 
 def _encode(work: System, model: MocaModel) -> Step:
@@ -231,12 +144,6 @@ def _encode(work: System, model: MocaModel) -> Step:
     items = documents(work.amount, POSITIVES, 0)
     tokens = sum(len(work.encoder(item)) for item in items)
     return Step(lambda: [torch.from_numpy(embedder.encode(items))], tokens)
-
-
-def _pretraining(model: MocaModel) -> PretrainObjective:
-    """With the same weights every time, in the dtype of the model."""
-    torch.manual_seed(0)
-    return PretrainObjective(model).to(device=model.device, dtype=model.vlm.dtype)
 
 
 def rows(work: System, leaves: tuple, d_out: Tensor, chunks: int) -> Step:
@@ -260,18 +167,7 @@ def _padded(work: System, model: MocaModel, chunks: int | None) -> Step:
 
 
 def _cpt_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
-    masked, config = work.masked_batch(), work.config()
-    parts = padded.pad_masked(masked, model, chunks or len(masked.batch))
-    tokens = int((masked.labels != IGNORE).sum())
-    patches = len(masked.units) * IMAGES.merge_size**2
-    objective = _pretraining(model)
-
-    def losses() -> Iterator[Tensor]:
-        for part in parts:
-            mlm, mae = padded.pretrain_loss(objective, part, tokens, patches)
-            yield mlm + config.mae_weight * mae
-
-    return training(work, model, objective, losses, len(masked.labels))
+    return steps.cpt_rows(work, model, work.masked_batch(), work.config(), chunks)
 
 
 def _contrast_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
@@ -288,7 +184,7 @@ def _contrast_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
         query, document = (embed() for embed in embed_sides)
         yield F.cross_entropy(query @ document.T / TEMPERATURE, target)
 
-    return training(work, model, model, losses, len(batch.batch.input_ids))
+    return training(work, model, model, losses, len(batch.batch.input_ids), work.config())
 
 
 def _encode_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
@@ -322,14 +218,16 @@ def _full() -> list[System]:
     works = []
     # The amounts of a step of the quickstart; less for the larger model, whose step is 20 times as
     # much work.
-    for model, target, cost, pairs, items in (
-        (QUICKSTART, Target(2), CPT_COST, BATCH, 512),
-        (WIDE, None, CPT_COST // 4, BATCH // 2, 128),
+    for model, targets, cost, pairs, items in (
+        (QUICKSTART, (Target(2),), CPT_COST, BATCH, 512),
+        (WIDE, (), CPT_COST // 4, BATCH // 2, 128),
     ):
         for kind, amount in (("cpt", cost), ("contrast", pairs)):
-            works.append(System(kind=kind, model=model, amount=amount, dtype=mixed, target=target))
+            works.append(
+                System(kind=kind, model=model, amount=amount, dtype=mixed, targets=targets)
+            )
         works.append(
-            System(kind="encode", model=model, amount=items, backward=False, target=target)
+            System(kind="encode", model=model, amount=items, backward=False, targets=targets)
         )
     return works
 

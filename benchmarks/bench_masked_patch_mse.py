@@ -32,7 +32,7 @@ class MaskedPatchMSE(Work):
     def leaves(self, device: str) -> tuple[Tensor, ...]:
         return (self.randn(self.masked, self.size, device=device),)
 
-    def targets(self, device: str) -> tuple[Tensor, Tensor]:
+    def clean(self, device: str) -> tuple[Tensor, Tensor]:
         """The clean patches of all images, every other one masked, and the rows of the masked."""
         patches = self.randn(2 * self.masked, self.size, device=device, seed=1)
         generator = torch.Generator().manual_seed(2)
@@ -40,7 +40,7 @@ class MaskedPatchMSE(Work):
         return patches, index.sort().values.to(device)
 
     def plain(self, pred: Tensor) -> Tensor:
-        patches, index = self.targets(pred.device.type)
+        patches, index = self.clean(pred.device.type)
         return _eager(pred, patches.to(pred.dtype), index, self.normalize)
 
 
@@ -53,7 +53,7 @@ def _eager(pred: Tensor, patches: Tensor, index: Tensor, normalize: bool) -> Ten
 
 
 def moca(work: MaskedPatchMSE, leaves: tuple[Tensor, ...], d_out: Tensor, backend: str) -> Call:
-    patches, index = work.targets(d_out.device.type)
+    patches, index = work.clean(d_out.device.type)
 
     def function(pred: Tensor) -> Tensor:
         return moca_fast.masked_patch_mse(
@@ -64,19 +64,42 @@ def moca(work: MaskedPatchMSE, leaves: tuple[Tensor, ...], d_out: Tensor, backen
 
 
 def eager(work: MaskedPatchMSE, leaves: tuple[Tensor, ...], d_out: Tensor) -> Call:
-    patches, index = work.targets(d_out.device.type)
+    patches, index = work.clean(d_out.device.type)
     return Call(lambda pred: _eager(pred, patches, index, work.normalize), leaves, d_out)
 
 
-PEERS = [Runner("torch", eager, yardstick=True)]
+def compiled(work: MaskedPatchMSE, leaves: tuple[Tensor, ...], d_out: Tensor) -> Call:
+    patches, index = work.clean(d_out.device.type)
+    fused = torch.compile(_eager, dynamic=False)
+    return Call(lambda pred: fused(pred, patches, index, work.normalize), leaves, d_out)
+
+
+PEERS = [
+    Runner("torch", eager, yardstick=True),
+    Runner("torch.compile", compiled, devices=("cuda",)),
+]
 WORKS = {
     "tiny": [MaskedPatchMSE(masked=20, size=48, normalize=True)],
     "full": [
         MaskedPatchMSE(
-            masked=16384, size=1176, normalize=normalize, dtype=dtype, target=Target(4, limit=0.7)
+            masked=16384,
+            size=1176,
+            normalize=normalize,
+            dtype=dtype,
+            targets=(Target(4, limit=0.7),),
         )
         for normalize in (False, True)
         for dtype in ("float32", "bfloat16")
+    ],
+    "gpu": [
+        MaskedPatchMSE(
+            masked=32768,
+            size=1176,
+            normalize=normalize,
+            dtype="bfloat16",
+            targets=(Target(3, limit=0.85),),
+        )
+        for normalize in (False, True)
     ],
 }
 

@@ -71,7 +71,7 @@ PEERS = [Runner("transformers", processor, devices=("cpu",), yardstick=True)]
 WORKS = {
     "tiny": [Patchify(height=56, width=84)],
     "full": [
-        Patchify(height=756, width=1036, target=Target(8)),  # what 1024 x 768 is resized to
+        Patchify(height=756, width=1036, targets=(Target(8),)),  # what 1024 x 768 is resized to
         Patchify(height=224, width=224),
     ],
 }

@@ -73,12 +73,33 @@ def index_add(work: Pool, leaves: tuple[Tensor, ...], d_out: Tensor) -> Call:
     return Call(function, leaves, d_out)
 
 
-PEERS = [Runner("torch", segment_mean, yardstick=True), Runner("torch index_add", index_add)]
+def compiled(work: Pool, leaves: tuple[Tensor, ...], d_out: Tensor) -> Call:
+    call = index_add(work, leaves, d_out)
+    call.function = torch.compile(call.function, dynamic=False)
+    return call
+
+
+PEERS = [
+    Runner("torch", segment_mean, yardstick=True),
+    Runner("torch index_add", index_add),
+    Runner("torch.compile", compiled, devices=("cuda",)),
+]
 WORKS = {
     "tiny": [Pool(tokens=200, dim=24, documents=9)],
     "full": [
-        Pool(tokens=65536, dim=2048, documents=1024, dtype=dtype, target=Target(3))
+        Pool(tokens=65536, dim=2048, documents=1024, dtype=dtype, targets=(Target(3),))
         for dtype in ("float32", "bfloat16")
+    ],
+    "gpu": [
+        Pool(
+            tokens=32768,
+            dim=3584,
+            documents=256,
+            dtype="bfloat16",
+            backward=backward,
+            targets=(Target(limit=0.85),),
+        )
+        for backward in (False, True)
     ],
 }
 

@@ -12,24 +12,27 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.clock import ahead_of_gpu
 from benchmarks.limits import Limits, measure_limits, wait
 from moca_fast import _C
 
 ROUNDS = 7  # least; the median of an odd number is one of them
 MAX_ROUNDS = 50
-SECONDS = {"tiny": 0.0, "full": 1.5}  # of timing that more than the least rounds are done for
+# Of timing that more than the least rounds are done for. GPU time is scarce, and steadier.
+SECONDS = {"cpu": {"tiny": 0.0, "full": 1.5}, "cuda": {"tiny": 0.0, "full": 0.25}}
 ROUND_SECONDS = {"tiny": 0.0, "full": 2e-3}  # a round that is shorter does several calls
 # |got - exact| <= FACTOR * |plain torch in the same dtype - exact| + one rounding: the rule of the
 # tests for us, more room for peers, whose accuracy is theirs to choose.
 FACTOR, PEER_FACTOR = 2.0, 8.0
 OURS = "moca_fast"
+BEST = "best"  # as `Target.over`: the fastest of the peers
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,18 @@ class Target:
     """What a work is meant to reach.
 
     Args:
-        speedup: times as fast as the op's yardstick among the peers.
+        speedup: times as fast as the peer named by `over`; None for no target.
         memory: most extra memory, as a fraction of `Work.avoided()`; None for no target.
         limit: least fraction of the machine's limit; None for no target.
+        over: a peer, BEST, or "" for the op's yardstick.
+        runner: whose target it is; "" for everyone of ours.
     """
 
-    speedup: float
+    speedup: float | None = None
     memory: float | None = None
     limit: float | None = None
+    over: str = ""
+    runner: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +77,16 @@ class Work:
 
     Args:
         dtype: of the inputs.
-        backward: forward and backward, else the forward alone.
-        target: what it is meant to reach; None where nothing was said.
+        forward, backward: which of them are in the time.
+        targets: what it is meant to reach.
         threads: of the CPU; None for as many as torch uses.
         axis: the scaling plot it belongs to, as (what grows, its value).
     """
 
     dtype: str = "float32"
+    forward: bool = True
     backward: bool = True
-    target: Target | None = None
+    targets: tuple[Target, ...] = ()
     threads: int | None = None
     axis: tuple[str, int] | None = None
 
@@ -112,7 +120,7 @@ class Work:
 
     @property
     def group(self) -> str:
-        passes = "fwd+bwd" if self.backward else "fwd"
+        passes = "+".join(["fwd"] * self.forward + ["bwd"] * self.backward)
         threads = f" {self.threads} threads" if self.threads else ""
         return f"{self.title} {self.dtype} {passes}{threads}"
 
@@ -121,21 +129,35 @@ class Work:
         generator = torch.Generator(device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=device).to(self.torch_dtype)
 
+    def checked(self, leaf: int | None, tensor: Tensor) -> Tensor:
+        """The part that is checked of a leaf and its gradient, or of a result (`leaf` None): all,
+        but where the oracle would take too long. What is left out of a leaf must have no part in
+        what remains of the results.
+        """
+        return tensor
+
     def expected(self, device: str) -> list[Expected]:
         """What every runner must find: the result, then the gradient of each leaf."""
-        leaves, d_out = self.leaves(device), self.d_out(device)
-        rough = Call(self.plain, leaves, d_out).prepared(self.backward).run()
+        leaves = [self.checked(place, leaf) for place, leaf in enumerate(self.leaves(device))]
+        d_out = tuple(self.checked(None, d) for d in _several(self.d_out(device)))
+        rough = Call(self.plain, leaves, d_out).prepared(self).run()
         double = [leaf.double() for leaf in leaves]
-        exact = Call(self.plain, double, d_out).prepared(self.backward).run()
-        return [Expected(e, largest_difference(r, e)) for r, e in zip(rough, exact, strict=True)]
+        exact = Call(self.plain, double, d_out).prepared(self).run()
+        parts = [None] * len(d_out) + [*range(len(leaves))]
+        return [
+            Expected(e, largest_difference(r, e), partial(self.checked, part))
+            for r, e, part in zip(rough, exact, parts[: len(exact)], strict=True)
+        ]
 
 
 @dataclass
 class Expected:
-    """A float64 result, and how far plain torch in the dtype of the case is from it."""
+    """A float64 result, how far plain torch in the dtype of the case is from it, and which part of
+    a whole result it is."""
 
     exact: Tensor
     plain_error: float
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 @dataclass
@@ -156,19 +178,23 @@ class Call:
     undo: Callable[[Tensor], Tensor] = lambda tensor: tensor
     info: dict[str, Any] = field(default_factory=dict)
     backward: bool = True
+    kept: tuple[Tensor, ...] | None = None  # the results, where only their backward is wanted
 
-    def prepared(self, backward: bool) -> Call:
-        self.backward = backward
-        self.leaves = [leaf.detach().requires_grad_(backward) for leaf in self.leaves]
+    def prepared(self, work: Work) -> Call:
+        """Ready to run the passes of the work."""
+        self.backward = work.backward
+        self.leaves = [leaf.detach().requires_grad_(work.backward) for leaf in self.leaves]
+        self.kept = None if work.forward else _several(self.function(*self.leaves))
         return self
 
     def run(self) -> tuple[Tensor, ...]:
         """The results, and the gradients of all leaves if there is a backward."""
-        out = _several(self.function(*self.leaves))
+        kept = self.kept is not None
+        out = self.kept if self.kept is not None else _several(self.function(*self.leaves))
         if not self.backward:
             return out
         d_out = [d.to(o.dtype) for d, o in zip(_several(self.d_out), out, strict=True)]
-        gradients = torch.autograd.grad(out, self.leaves, d_out)
+        gradients = torch.autograd.grad(out, self.leaves, d_out, retain_graph=kept)
         return (*(o.detach() for o in out), *gradients)
 
     def report(self) -> dict[str, Any]:
@@ -190,6 +216,7 @@ class Runner:
         package: that an optional peer needs; it runs with --peers.
         devices: that it runs on.
         yardstick: the peer that targets speak of; one of each op.
+        suits: whether it is for a work at all.
     """
 
     name: str
@@ -197,6 +224,7 @@ class Runner:
     package: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     yardstick: bool = False
+    suits: Callable[[Any], bool] = lambda work: True
 
     @property
     def ours(self) -> bool:
@@ -225,7 +253,7 @@ def check(call: Call, expected: Sequence[Expected], dtype: torch.dtype, factor: 
     worst, results = 0.0, len(expected) - (len(call.leaves) if call.backward else 0)
     for place, (got, want) in enumerate(zip(call.run(), expected, strict=True)):
         name = f"gradient {place - results}" if place >= results else "result"
-        error = largest_difference(call.undo(got), want.exact)
+        error = largest_difference(want.part(call.undo(got)), want.exact)
         rounding = torch.finfo(dtype).eps * float(want.exact.abs().max())
         allowed = factor * want.plain_error + rounding
         if not error <= allowed:  # NaN is no answer either
@@ -261,23 +289,6 @@ def _resident(entry: str) -> int:
     return int(next(line for line in lines if line.startswith(entry)).split()[1]) * 1024
 
 
-class DeviceTime:
-    """A moment on a GPU's own clock: the difference of two waits for the later one."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: DeviceTime) -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-
-@lru_cache(maxsize=1)  # of the group at hand: these arrays are large
-def _problem(work: Work, device: str) -> tuple[tuple[Tensor, ...], Any, list[Expected]]:
-    return work.leaves(device), work.d_out(device), work.expected(device)
-
-
 @contextmanager
 def threads_of(work: Work) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -288,10 +299,28 @@ def threads_of(work: Work) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+@lru_cache(maxsize=1)  # of the group at hand: these arrays are large
+def _problem(work: Work, device: str) -> tuple[tuple[Tensor, ...], Any, list[Expected]]:
+    return work.leaves(device), work.d_out(device), work.expected(device)
+
+
+_at_hand: list[tuple[Work, str]] = []
+
+
+def problem(work: Work, device: str) -> tuple[tuple[Tensor, ...], Any, list[Expected]]:
+    """(leaves, d_out, expected); those of the work before are given up first."""
+    if _at_hand != [(work, device)]:
+        _problem.cache_clear()
+        _at_hand[:] = [(work, device)]
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    return _problem(work, device)
+
+
 def measure(benchmark: Any, work: Work, runner: Runner, device: str, size: str) -> None:
     """Check, weigh and time one case; everything found goes into `benchmark.extra_info`."""
-    leaves, d_out, expected = _problem(work, device)
-    call = runner.build(work, leaves, d_out).prepared(work.backward)
+    leaves, d_out, expected = problem(work, device)
+    call = runner.build(work, leaves, d_out).prepared(work)
     factor = FACTOR if runner.ours else PEER_FACTOR
     with threads_of(work) as threads:
         error = check(call, expected, work.torch_dtype, factor)
@@ -316,12 +345,15 @@ def time_call(
     benchmark.group = group
     began = time.perf_counter()
     run()
+    launched = time.perf_counter() - began
     wait(device)
     once = time.perf_counter() - began
-    iterations = max(1, math.ceil(ROUND_SECONDS[size] / once))
-    rounds = math.ceil(SECONDS[size] / (once * iterations))
+    # A GPU's clock sees a single call; a CPU's would not.
+    iterations = max(1, math.ceil(ROUND_SECONDS[size] / once)) if device == "cpu" else 1
+    rounds = math.ceil(SECONDS[device][size] / (once * iterations))
     benchmark.pedantic(
         run,
+        setup=None if device == "cpu" else ahead_of_gpu(launched),
         rounds=min(max(rounds, ROUNDS), MAX_ROUNDS),
         iterations=iterations,
         warmup_rounds=1,
@@ -336,8 +368,9 @@ def describe(work: Work, runner: Runner, device: str, threads: int) -> dict[str,
         "yardstick": runner.yardstick,
         "title": work.title,
         "dtype": work.dtype,
+        "forward": work.forward,
         "backward": work.backward,
-        "target": asdict(work.target) if work.target else None,
+        "targets": [asdict(t) for t in work.targets if t.runner in ("", runner.name)],
         "avoided_bytes": work.avoided(),
         "axis": work.axis,
         "device": device,

@@ -11,10 +11,14 @@ from moca_fast import _C
 
 REPEATS = 7
 PEAK_STEPS = 4_000_000  # of 24 or 12 multiply-adds: some hundredths of a second
-# Elements of the copied array and sides of the multiplied matrices, by size of the run. The array
-# of a full run is far larger than any cache.
-COPY_ELEMENTS = {"tiny": 1 << 22, "full": 1 << 26}
-GEMM_SIDE = {"tiny": 256, "full": 2048}
+# Elements of the copied array and sides of the multiplied matrices, by device and size of the run.
+# The array of a full run is far larger than any cache; on a GPU both take milliseconds, so that
+# launching them does not count.
+COPY_ELEMENTS = {
+    "cpu": {"tiny": 1 << 22, "full": 1 << 26},
+    "cuda": {"tiny": 1 << 22, "full": 1 << 30},
+}
+GEMM_SIDE = {"cpu": {"tiny": 256, "full": 2048}, "cuda": {"tiny": 256, "full": 8192}}
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ def measure_limits(device: str, threads: int, size: str, dtype: str) -> Limits:
     return Limits(
         _instruction_rate(False, threads) if device == "cpu" else None,
         _instruction_rate(True, threads) if device == "cpu" else None,
-        _gemm_rate(device, threads, GEMM_SIDE[size], dtype),
-        _copy_rate(device, threads, COPY_ELEMENTS[size]),
+        _gemm_rate(device, threads, GEMM_SIDE[device][size], dtype),
+        _copy_rate(device, threads, COPY_ELEMENTS[device][size]),
         dtype,
     )
 

@@ -25,9 +25,11 @@ hand. Each case was checked against float64 before it was timed. Times are media
 time divided by ours, in the same run. GFLOP/s count the operations the result needs (an attention
 backward is 2.5 forwards, by convention), GB/s the bytes that forward and backward must each read
 and write at least. *Limit* is the fraction of the roofline: of the processor's multiply-adds (of
-its bfloat16 dot product for bfloat16) or of copied bytes, whichever is less. *Extra* is the peak
-memory of a call beyond its inputs and results.
+its bfloat16 dot product for bfloat16; of torch's matrix product on a GPU) or of copied bytes,
+whichever is less. *Extra* is the peak memory of a call beyond its inputs and results. Times on a
+GPU are of its own clock, with a cold cache, and leave out the gaps between launches.
 """
+BEST = "best"  # of harness.py, which needs the native module
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Run:
         self.name = name
         self.machine, self.commit = saved["machine_info"], saved["commit_info"]
         self.date = saved["datetime"][:10]
+        self.stages = saved.get("stages", {})  # of benchmarks.gpu
         self.cases = []
         for case in saved["benchmarks"]:
             info, stats = case["extra_info"], case["stats"]
@@ -85,9 +88,14 @@ class Run:
     def peers(self, case: Case) -> list[Case]:
         return [other for other in self.groups[case.group] if not other.info["ours"]]
 
-    def yardstick(self, case: Case) -> Case | None:
-        """The peer that targets speak of; None if it did not run."""
-        return next((peer for peer in self.peers(case) if peer.info["yardstick"]), None)
+    def rival(self, case: Case, over: str) -> Case | None:
+        """The peer that a target speaks of: by name, BEST, or "" for the yardstick; None if it did
+        not run."""
+        peers = self.peers(case)
+        if over == BEST:
+            return min(peers, key=lambda peer: peer.median, default=None)
+        fits = (p for p in peers if (p.runner == over if over else p.info["yardstick"]))
+        return next(fits, None)
 
 
 def read(path: Path) -> Run:
@@ -100,7 +108,7 @@ def section(run: Run, plots: Sequence[str]) -> str:
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     ops = dict.fromkeys(case.op for case in run.ours() if case.op not in SYSTEM)
     parts += [op_table(run, op) for op in ops]
-    parts += [system_table(run), profiles(run)]
+    parts += [system_table(run), profiles(run), failures(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -118,9 +126,10 @@ def provenance(run: Run) -> str:
         "; sizes are tiny, so these numbers say nothing" if run.machine["size"] != "full" else ""
     )
     fewest = min(case.rounds for case in run.cases)
+    driver = f", driver {run.machine['driver']}" if "driver" in run.machine else ""
     return (
         f"moca-fast {run.machine['moca_fast']} at commit {run.commit['id'][:10]}{changed}, torch "
-        f"{run.machine['torch']}, Python {run.machine['python_version']}, instruction set "
+        f"{run.machine['torch']}{driver}, Python {run.machine['python_version']}, instruction set "
         f"{run.cases[0].info['isa']}, {run.date}; at least {fewest} rounds a case{small}."
     )
 
@@ -130,32 +139,31 @@ def limits(run: Run) -> str:
     shown: dict[str, str] = {}
     for case in run.cases:
         info = case.info
-        if info["threads"] != run.machine["threads"]:
+        if info["device"] == "cpu" and info["threads"] != run.machine["threads"]:
             continue
         shown["multiply-add float32, GFLOP/s"] = number(info["limit_multiply_add"])
         shown["dot product bfloat16, GFLOP/s"] = number(info["limit_dot_product"])
         shown[f"torch GEMM {info['dtype']}, GFLOP/s"] = number(info["limit_gemm"])
         shown["copy, GB/s"] = number(info["limit_copy"])
-    return table(["the machine's limit", "measured"], shown.items())
+    return table(["the machine's limit", "measured"], [row for row in shown.items() if row[1]])
 
 
 def targets(run: Run) -> str:
     rows = []
     for case in run.ours():
-        target = case.info["target"]
-        if not target:
-            continue
-        peer, memory = run.yardstick(case), None
+        memory = None
         if case.info["avoided_bytes"]:
             memory = case.info["extra_bytes"] / case.info["avoided_bytes"]
-        rows.append([
-            case.group,
-            case.runner,
-            peer.runner if peer else "",
-            judged(peer.median / case.median if peer else None, target["speedup"], "x"),
-            judged(memory, target["memory"], "%", at_most=True),
-            judged(case.info["fraction_of_limit"], target["limit"], "%"),
-        ])  # fmt: skip
+        for target in case.info["targets"]:
+            peer = run.rival(case, target["over"])
+            rows.append([
+                case.group,
+                case.runner,
+                peer.runner if peer else target["over"],
+                judged(peer.median / case.median if peer else None, target["speedup"], "x"),
+                judged(memory, target["memory"], "%", at_most=True),
+                judged(case.info["fraction_of_limit"], target["limit"], "%"),
+            ])  # fmt: skip
     heads = ["work", "", "peer", "times as fast", "extra memory of the array avoided", "limit"]
     return "### Targets\n\n" + table(heads, rows) if rows else ""
 
@@ -219,6 +227,13 @@ def profiles(run: Run) -> str:
             )
             parts.append(f"- {case.group}: {shares}")
     return "Where the time goes (torch.profiler, own time):\n\n" + "\n".join(parts) if parts else ""
+
+
+def failures(run: Run) -> str:
+    """Cases that were wrong, ran out of memory or did not run at all, with the reason."""
+    problems = run.stages.get("bench", {}).get("problems", [])
+    lines = [f"- `{problem['name']}`: {problem['message']}" for problem in problems]
+    return "Without a time:\n\n" + "\n".join(lines) if lines else ""
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

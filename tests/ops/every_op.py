@@ -10,7 +10,10 @@ from torch import Tensor
 import moca_fast
 from moca_fast import SpanMask
 
-LENGTHS = torch.tensor([0, 5, 5, 6, 47], dtype=torch.int32)  # documents of 5, 0, 1 and 41 tokens
+
+def cu_seqlens() -> Tensor:
+    """Documents of 5, 0, 1 and 41 tokens; on torch's default device, as all tensors here."""
+    return torch.tensor([0, 5, 5, 6, 47], dtype=torch.int32)
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -20,7 +23,7 @@ def random(*shape: int, dtype: torch.dtype) -> Tensor:
 def attention(dtype: torch.dtype, dim: int = 24, kv_heads: int = 2) -> tuple[Tensor, list[Tensor]]:
     q = random(49, 3 * kv_heads, dim, dtype=dtype)
     k, v = random(49, kv_heads, dim, dtype=dtype), random(49, kv_heads, dim, dtype=dtype)
-    return moca_fast.attention(q, k, v, SpanMask.causal(LENGTHS, total=49)), [q, k, v]
+    return moca_fast.attention(q, k, v, SpanMask.causal(cu_seqlens(), total=49)), [q, k, v]
 
 
 def attention_wide(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -66,7 +69,7 @@ def patchify(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
 
 def pool(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     hidden = random(49, 31, dtype=dtype)
-    return moca_fast.pool(hidden, LENGTHS), [hidden]
+    return moca_fast.pool(hidden, cu_seqlens()), [hidden]
 
 
 CALLS = {

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from moca.data.html import caption_figure_pairs, read_html_folder, title_section_pairs
 from moca.data.images import ImageSettings, decode, target_size
 from moca.data.records import Document, Pair, document_from_record, pair_from_record
 
@@ -30,10 +29,7 @@ _PAGES = (".html", ".htm", ".xhtml")
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?")
 # Parquet rows turned into Python objects at a time; a row may hold several images.
 _PARQUET_ROWS = 64
-_HTML_TASKS: dict[str, Callable] = {
-    "title_section": title_section_pairs,
-    "caption_figure": caption_figure_pairs,
-}
+_HTML_TASKS = ("title_section", "caption_figure")
 
 
 class Records(Generic[Item]):
@@ -109,6 +105,8 @@ def load_documents(
     """
     path = _local(source)
     if path is not None and _is_html(path):
+        from moca.data.html import read_html_folder  # needs lxml, which nothing else here does
+
         sections = (section.document for section in read_html_folder(path).sections)
         return _fixed(path, list(sections), on_error)
     rows = _rows(source, path, split, streaming)
@@ -153,9 +151,7 @@ def load_pairs(
             raise ValueError(
                 f"{path}: task must be one of {list(_HTML_TASKS)} or None, got {task!r}"
             )
-        corpus = read_html_folder(path)
-        kinds = _HTML_TASKS.values() if task is None else [_HTML_TASKS[task]]
-        return _fixed(path, [pair for pairs in kinds for pair in pairs(corpus)], on_error)
+        return _fixed(path, _html_pairs(path, task), on_error)
     rows = _rows(source, path, split, streaming)
     fallback = path.stem if path is not None else re.split("[/:]", str(source))[-1]
 
@@ -227,6 +223,18 @@ def _is_html(path: Path) -> bool:
     if top & set(_PAGES) or top & set(_SUFFIXES):
         return bool(top & set(_PAGES))
     return any(child.suffix.lower() in _PAGES for child in path.rglob("*"))
+
+
+def _html_pairs(path: Path, task: str | None) -> list[Pair]:
+    """The pairs of one task, or of all, of a folder of HTML pages."""
+    from moca.data import html
+
+    makers = dict(
+        zip(_HTML_TASKS, (html.title_section_pairs, html.caption_figure_pairs), strict=True)
+    )
+    corpus = html.read_html_folder(path)
+    kinds = makers.values() if task is None else [makers[task]]
+    return [pair for pairs in kinds for pair in pairs(corpus)]
 
 
 # The name of a record, what reads it, and the folder of its relative paths.
