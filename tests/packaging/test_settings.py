@@ -15,7 +15,7 @@ def archs(wanted: str, **environment: str) -> subprocess.CompletedProcess:
     """What the build makes of MOCA_CUDA_ARCHS, on a machine that has no program but `bin`."""
     if CMAKE is None:
         pytest.skip("no cmake here")
-    script = ROOT / "cmake/cuda_archs.cmake"
+    script = ROOT / "csrc/cuda_archs.cmake"
     return subprocess.run(
         [CMAKE, f"-DMOCA_CUDA_ARCHS={wanted}", "-P", str(script)],
         env={"PATH": "/nothing", **environment},

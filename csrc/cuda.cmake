@@ -3,7 +3,7 @@
 include(${CMAKE_CURRENT_LIST_DIR}/cuda_archs.cmake)
 
 set(MOCA_CUDA AUTO CACHE STRING "ON, OFF, or AUTO: where there is an nvcc")
-set(MOCA_CUDA_ARCHS "" CACHE STRING "Architectures, such as 80;90a; see cmake/cuda_archs.cmake")
+set(MOCA_CUDA_ARCHS "" CACHE STRING "Architectures, such as 80;90a; see csrc/cuda_archs.cmake")
 set(MOCA_NVCC_THREADS 1 CACHE STRING "Architectures that one nvcc compiles at a time")
 option(MOCA_CUDA_STRICT "Warnings and register spills are errors; resources are reported")
 set(MOCA_NVCC_OLDEST 12.8)  # the first with compressed binaries and Blackwell
