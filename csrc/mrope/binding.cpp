@@ -26,4 +26,10 @@ MOCA_BINDING(mrope, m) {
     py::gil_scoped_release release;
     moca::mrope_rotate(p);
   });
+#ifdef MOCA_CUDA_ARCHS
+  m.def("mrope_rotate_cuda", [](const Params& p, moca::Queue queue) {
+    py::gil_scoped_release release;
+    moca::mrope_rotate_cuda(p, queue);
+  });
+#endif
 }

@@ -3,6 +3,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/queue.h"
 
 namespace moca {
 
@@ -18,8 +19,10 @@ struct MropeParams {
   int64_t time, height, width;  // pairs of each row, dim / 2 in all
   bool interleaved;             // time, height, width, time, ..., else one after another
   bool inverse;                 // the transpose of the rotation: the backward
-  int threads;
+  int threads;                  // of the CPU
 };
+
+void mrope_rotate_cuda(const MropeParams& p, Queue queue);
 
 }  // namespace moca
 

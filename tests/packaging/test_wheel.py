@@ -78,13 +78,13 @@ def test_a_module_that_needs_torch_is_told(tmp_path):
 @pytest.mark.parametrize("keep", [3, 60, 5000, -100])
 def test_a_module_that_is_cut_short(tmp_path, keep):
     data = THIS_MODULE.read_bytes()[:keep]
-    with pytest.raises(ValueError, match="moca_fast/_C.so: expected a whole 64-bit ELF file"):
+    with pytest.raises(ValueError, match=r"moca_fast/_C\.so: expected a whole 64-bit ELF file"):
         _wheel.modules(wheel(tmp_path, _C=data))
 
 
 def test_a_module_that_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(_wheel, "MODULE_BYTES", 1000)
-    with pytest.raises(ValueError, match="moca_fast/_C.so is over"):
+    with pytest.raises(ValueError, match=r"moca_fast/_C\.so is over"):
         _wheel.modules(wheel(tmp_path, _C=bytes(1001)))
 
 

@@ -1,5 +1,7 @@
 """mrope on the native CPU kernel (csrc/mrope/cpu.cpp)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str | None:
 def forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, section: list[int], interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    return _rotate(q, k, cos, sin, section, interleaved, inverse=False)
+    return rotate(_C.mrope_rotate, q, k, cos, sin, section, interleaved, inverse=False)
 
 
 def backward(
@@ -25,10 +27,11 @@ def backward(
     section: list[int],
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _rotate(d_q_out, d_k_out, cos, sin, section, interleaved, inverse=True)
+    return rotate(_C.mrope_rotate, d_q_out, d_k_out, cos, sin, section, interleaved, inverse=True)
 
 
-def _rotate(
+def rotate(
+    kernel: Callable,
     q: Tensor,
     k: Tensor,
     cos: Tensor,
@@ -37,6 +40,7 @@ def _rotate(
     interleaved: bool,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
+    """q and k turned, or with `inverse` turned back, by a kernel of `_C`."""
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     q, k = _heads_together(q), _heads_together(k)
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -64,7 +68,7 @@ def _rotate(
         inverse=inverse,
         threads=torch.get_num_threads(),
     )
-    _C.mrope_rotate(params)
+    kernel(params)
     return q_out, k_out
 
 

@@ -3,7 +3,8 @@
 // is poisoned: a kernel that reads too early, or waits for what never comes, fails. Warps take
 // turns in a random order, that of `seed`.
 //
-// The instructions are in common/ptx.cuh beside this, in place of csrc/common/ptx.cuh.
+// The instructions are in common/ptx.cuh beside this, in place of csrc/common/ptx.cuh; sources that
+// need none are compiled with cuda/, in place of CUDA's own headers.
 #pragma once
 
 #include <ucontext.h>
@@ -31,11 +32,10 @@ using std::max;
 using std::min;
 
 struct dim3 {
-  unsigned x = 1;
-  dim3() = default;
-  explicit dim3(unsigned x) : x(x) {}
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline dim3 threadIdx, blockIdx, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -202,8 +202,10 @@ inline unsigned& seed() {
 // Runs body on every thread of every block.
 inline void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
   gridDim = grid;
-  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-    Block(block.x, shared, body, seed()++).run();
+  blockDim = block;
+  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+      Block(block.x, shared, body, seed()++).run();
 }
 
 }  // namespace emulator
