@@ -1,7 +1,5 @@
 """mrope on the CUDA kernel (csrc/mrope/rotate.cu)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,11 +30,19 @@ def backward(
 
 
 def _rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *options: Any, inverse: bool
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    section: list[int],
+    interleaved: bool,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     if cos.dtype not in (q.dtype, torch.float32):  # the kernel takes these; float32 changes nothing
         cos, sin = cos.float(), sin.float()
     here = queue(q)
-    return rotate(
-        lambda params: _C.mrope_rotate_cuda(params, here), q, k, cos, sin, *options, inverse=inverse
-    )
+
+    def kernel(params: "_C.MropeParams") -> None:
+        _C.mrope_rotate_cuda(params, here)
+
+    return rotate(kernel, q, k, cos, sin, section, interleaved, inverse)
