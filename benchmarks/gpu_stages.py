@@ -109,7 +109,7 @@ def build(plan: Plan) -> dict[str, Any]:
         "--no-build-isolation", "--editable", ".",
     ]  # fmt: skip
     name = "pip install"
-    done = plan.run([Job(name, command, plan.environment())], 1, plan.deadline)[name]
+    done = plan.run([Job(name, command, build_environment(plan))], 1, plan.deadline)[name]
     right = done.status == 0
     how = "ran out of time" if done.status is None else f"exit status {done.status}"
     summary = "built and installed" if right else f"pip install: {how}"
@@ -120,6 +120,16 @@ def build(plan: Plan) -> dict[str, Any]:
         time.time() + GRACE,
     )["moca_fast"]
     return _found(right, summary, problems, {}, report=report.output)
+
+
+def build_environment(plan: Plan) -> dict[str, str]:
+    """What setup.py reads: CUDA where there is an nvcc, for the GPU that torch sees."""
+    if plan.device == "cpu":
+        return {**plan.environment(), "MOCA_CUDA": "0"}
+    number = plan.machine["architecture"].removeprefix("sm_")
+    arch = "90a" if number == "90" else number  # Hopper's own instructions
+    archs = os.environ.get("MOCA_CUDA_ARCHS") or arch
+    return {**plan.environment(), "MOCA_CUDA": "", "MOCA_CUDA_ARCHS": archs}
 
 
 def test(plan: Plan) -> dict[str, Any]:

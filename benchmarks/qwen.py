@@ -110,7 +110,9 @@ class Shape:
         text, vision = self.text, self.vision
         layers = text.layers + 1  # with that of the decoder
         merged = 4 * vision.width
-        products: float = layers * text.products() * tokens + vision.layers * vision.products() * patches
+        products: float = (
+            layers * text.products() * tokens + vision.layers * vision.products() * patches
+        )
         products += vision.width * patch_dim * patches
         products += (merged**2 + merged * text.width) * patches / 4
         products += text.width * (self.vocabulary * counted + 4 * patch_dim * hidden)

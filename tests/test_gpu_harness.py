@@ -32,11 +32,20 @@ MACHINE = {
 ABSENT = ("hypothesis", "matplotlib", "datasets", "lxml", "pyarrow", "emoji", "fontTools", "pandas")
 BARE = ("-p", "no:hypothesispytest", "-p", "absence")  # its plugin loads without being asked
 ABSENCE = f"""
-from importlib.machinery import PathFinder
-found = PathFinder.find_spec
-def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] in {ABSENT} else found(name, path, target)
-PathFinder.find_spec = staticmethod(find_spec)
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        absent = name.partition(".")[0] in {ABSENT}
+        return None if absent else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 
 
@@ -234,6 +243,42 @@ def test_tests_that_want_hypothesis_are_skipped_by_name(tmp_path):
     drawn, plain = outcomes.read(file).values()
     assert (drawn.outcome, drawn.message) == (SKIPPED, "hypothesis is not installed")
     assert plain.outcome == PASSED
+
+
+REFUSING = """
+import pytest
+
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu), "triton"])
+@pytest.mark.parametrize("reason", ["has no {} kernel; backend 'auto' would take cpu", "wrong"])
+def test_it(backend, reason):
+    if "kernel" in reason:
+        reason = f"moca_fast.pool: backend {backend!r} cannot run this call: {reason}"
+    raise ValueError(reason.format(backend))
+"""
+
+
+def test_what_has_no_cuda_kernel_is_skipped_by_name(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "ops" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(REFUSING)
+    file = tmp_path / "outcomes.jsonl"
+    job = pytest_job(tmp_path, file, str(tmp_path))
+    path = job.environment["PYTHONPATH"] + os.pathsep + str(ROOT / "tests" / "ops")
+    job = replace(job, environment={**job.environment, "PYTHONPATH": path})
+    done = jobs.run(
+        [job], parallel=1, deadline=time.time() + 60, log=tmp_path / "log", folder=tmp_path
+    )
+    results = outcomes.read(file).values()
+    assert sorted(one.outcome for one in results) == [FAILED] * 3 + [SKIPPED], done["job"].output
+    assert gpu_stages.skips(results) == {"has no cuda kernel": 1}
+
+
+def test_the_build_is_for_the_gpu_that_torch_sees(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOCA_CUDA_ARCHS", raising=False)
+    hopper = gpu_stages.build_environment(plan(tmp_path))
+    assert (hopper["MOCA_CUDA"], hopper["MOCA_CUDA_ARCHS"]) == ("", "90a")
+    machine = {**MACHINE, "architecture": "sm_120"}
+    assert gpu_stages.build_environment(plan(tmp_path, machine=machine))["MOCA_CUDA_ARCHS"] == "120"
+    assert gpu_stages.build_environment(plan(tmp_path, device="cpu"))["MOCA_CUDA"] == "0"
 
 
 def gpu_test(name: str, outcome: str = PASSED, backend: str = "", message: str = "") -> Outcome:
