@@ -3,6 +3,7 @@ skipped by name, and what may be called proven."""
 
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -22,6 +23,7 @@ from benchmarks.gpu_stages import FOUND, OUT_OF_TIME, Plan
 from benchmarks.harness import FACTOR, WrongResult, check
 from benchmarks.jobs import Done, Job
 from benchmarks.outcomes import FAILED, PASSED, SKIPPED, STARTED, Outcome
+from moca_fast import _verified
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {
@@ -115,6 +117,11 @@ def test_a_stage_replaces_its_own_results_only(stages, tmp_path):
     run(tmp_path, "--stage", "bench", "--commit", "c2")  # tests of another commit prove nothing
     saved = json.loads((tmp_path / "gpu.json").read_text())
     assert set(saved["stages"]) == {"bench"} and saved["verified"] == {}
+
+
+def test_the_stages_start_where_nothing_is_built():
+    code = "import sys, benchmarks.gpu; sys.exit('moca_fast' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_unknown_stages_and_missing_gpus_are_refused(capsys):
@@ -304,6 +311,7 @@ def test_only_what_passed_whole_is_proven(tmp_path):
     assert {op: set(backends) for op, backends in table.items()} == {
         "pool": {"triton"}, "masked_patch_mse": {"cuda"},
     }  # fmt: skip
+    _verified.check(table, "the table of what passed")
     entry = table["pool"]["triton"]["sm_90"]
     assert entry.pop("date") and entry == {
         "gpu": "A GPU", "driver": "580", "torch": "2.11", "triton": "3.6.0", "cuda": "13.0",
@@ -314,8 +322,14 @@ def test_only_what_passed_whole_is_proven(tmp_path):
 @pytest.mark.parametrize(
     ("status", "output", "verdict"),
     [
-        (0, "========= ERROR SUMMARY: 0 errors", "clean"),
-        (0, "not checked: no kernel", "not checked: no kernel"),
+        (0, "not checked: float32\nchecked 1 calls\n= ERROR SUMMARY: 0 errors", "clean"),
+        (0, "not checked: no kernel\nchecked 0 calls", "not checked: no kernel"),
+        (
+            1,
+            "Error: terminated before first instrumented API call\nnot checked: no kernel\n"
+            "checked 0 calls",
+            "not checked: no kernel",
+        ),
         (FOUND, "========= ERROR SUMMARY: 3 errors", "found 3 errors"),
         (1, "Error: Device not supported", "compute-sanitizer does not reach this GPU"),
         (1, "Traceback", "found exit status 1"),
