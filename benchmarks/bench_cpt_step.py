@@ -109,8 +109,8 @@ class CptStep(Work):
         return Cost(flops, 0, self.tokens)
 
     def expected(self, device: str) -> list[Expected]:
-        rough = rows(self, (), torch.empty(0, device=device), chunks=None)
-        exact = rows(self, (), torch.empty(0, device=device), chunks=None, dtype=torch.float32)
+        rough = partial(rows, self, (), torch.empty(0, device=device), chunks=None)
+        exact = partial(rough, dtype=torch.float32)
         return steps.expected(rough, exact, self.torch_dtype)
 
 

@@ -103,8 +103,8 @@ class System(Work):
         return ContrastConfig(**PATHS, pairs={"mixed": "-"}, temperature=TEMPERATURE, **TRAINING)
 
     def expected(self, device: str) -> list[Expected]:
-        rough = alone(self, device, self.torch_dtype)
-        return steps.expected(rough, alone(self, device, torch.float64), self.torch_dtype)
+        rough, exact = (partial(alone, self, device, t) for t in (self.torch_dtype, torch.float64))
+        return steps.expected(rough, exact, self.torch_dtype)
 
     def cost(self) -> Cost:
         return _counted(self)

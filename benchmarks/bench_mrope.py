@@ -3,14 +3,14 @@
 T tokens, H / Hkv heads, D dim of a head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 import moca_fast
-from benchmarks.harness import Call, Cost, Runner, Target, Work
+from benchmarks.harness import BEST, Call, Cost, Runner, Target, Work
 
 Pair = tuple[Tensor, Tensor]
 
@@ -87,15 +87,19 @@ def compiled(work: Mrope, leaves: tuple[Tensor, ...], d_out: Pair) -> Call:
 
 PEERS = [
     Runner("transformers", transformers, yardstick=True),
-    Runner("torch.compile", compiled, package="triton", devices=("cuda",)),
+    Runner("torch.compile", compiled, devices=("cuda",)),
 ]
+# The text tower of Qwen2.5-VL-7B.
+SEVEN_B = Mrope(tokens=32768, heads=28, kv_heads=4, dim=128, dtype="bfloat16")
 WORKS = {
     "tiny": [Mrope(tokens=50, heads=3, kv_heads=1, dim=16)],
     "full": [
-        Mrope(
-            tokens=tokens, heads=28, kv_heads=4, dim=128, dtype=dtype, target=Target(1, limit=lim)
-        )
-        for tokens, dtype, lim in ((8192, "float32", None), (32768, "bfloat16", 0.85))
+        replace(SEVEN_B, tokens=8192, dtype="float32", targets=(Target(1),)),
+        replace(SEVEN_B, targets=(Target(1, limit=0.85),)),
+    ],
+    "gpu": [
+        replace(SEVEN_B, backward=backward, targets=(Target(1, limit=0.85, over=BEST),))
+        for backward in (False, True)
     ],
 }
 

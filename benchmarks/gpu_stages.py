@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ BENCHES = {
 # compute-sanitizer's exit status where it found something, and what it prints on machines (such as
 # gVisor's) whose GPU it cannot reach.
 FOUND = 99
-NOT_REACHED = ("Device not supported", "Error: Target application")
+NOT_REACHED = ("Device not supported", "before first instrumented API call")
 VERSIONS = ("gpu", "driver", "torch", "triton", "cuda")  # kept with what is proven
 TAIL = 3000  # characters of a failed command's output
 
@@ -77,9 +77,9 @@ class Plan:
     def environment(self) -> dict[str, str]:
         """Of every process: the sources of this tree, and the programs beside this Python."""
         roots = [str(ROOT / folder) for folder in ("", "python", "kernels")]
-        path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+        path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         return {
-            "PYTHONPATH": os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [*roots, os.environ.get("PYTHONPATH")])),
             "PATH": os.pathsep.join(path),
             "PYTHONUNBUFFERED": "1",
             "TRITON_INTERPRET": "0" if self.device == "cuda" else "1",
@@ -95,8 +95,7 @@ class Plan:
         ]  # fmt: skip
         if self.select:
             command += ["-k", self.select]
-        threads = {"OMP_NUM_THREADS": str(max(1, _cores() // MOST_PROCESSES))}
-        return Job(name, command, {**self.environment(), **threads}, resumes=True)
+        return Job(name, command, self.environment(), resumes=True)
 
     def run(self, work: Sequence[Job], parallel: int, deadline: float) -> dict[str, Done]:
         return jobs.run(work, parallel=parallel, deadline=deadline, log=self.log, folder=ROOT)
@@ -109,7 +108,7 @@ def build(plan: Plan) -> dict[str, Any]:
         "--no-build-isolation", "--editable", ".",
     ]  # fmt: skip
     name = "pip install"
-    done = plan.run([Job(name, command, plan.environment())], 1, plan.deadline)[name]
+    done = plan.run([Job(name, command, build_environment(plan))], 1, plan.deadline)[name]
     right = done.status == 0
     how = "ran out of time" if done.status is None else f"exit status {done.status}"
     summary = "built and installed" if right else f"pip install: {how}"
@@ -120,6 +119,16 @@ def build(plan: Plan) -> dict[str, Any]:
         time.time() + GRACE,
     )["moca_fast"]
     return _found(right, summary, problems, {}, report=report.output)
+
+
+def build_environment(plan: Plan) -> dict[str, str]:
+    """What setup.py reads: CUDA where there is an nvcc, for the GPU that torch sees."""
+    if plan.device == "cpu":
+        return {**plan.environment(), "MOCA_CUDA": "0"}
+    number = plan.machine["architecture"].removeprefix("sm_")
+    arch = "90a" if number == "90" else number  # Hopper's own instructions
+    archs = os.environ.get("MOCA_CUDA_ARCHS") or arch
+    return {**plan.environment(), "MOCA_CUDA": "", "MOCA_CUDA_ARCHS": archs}
 
 
 def test(plan: Plan) -> dict[str, Any]:
@@ -133,6 +142,8 @@ def test(plan: Plan) -> dict[str, Any]:
             plan.pytest(f"test {i}", file, ends, f"--shard={i}/{shards}", *shared)
             for i, file in enumerate(files)
         ]
+        threads = {"OMP_NUM_THREADS": str(max(1, _cores() // shards))}
+        work = [replace(job, environment={**job.environment, **threads}) for job in work]
         sanitizer = find_sanitizer() if plan.device == "cuda" else None
         checks = memory_checks(plan, sanitizer) if sanitizer else []
         done = plan.run([*work, *checks], _cores(), plan.deadline)
@@ -195,12 +206,14 @@ def memory_verdict(done: Done) -> str:
     """ "clean", "found ..." or why nothing was looked at."""
     if done.status is None:
         return OUT_OF_TIME
+    lines = done.output.splitlines()
+    if "checked 0 calls" in lines:
+        return next(line for line in lines if line.startswith("not checked: "))
     if done.status == 0:
-        said = [line for line in done.output.splitlines() if line.startswith("not checked: ")]
-        return said[0] if said else "clean"
+        return "clean"
     if any(text in done.output for text in NOT_REACHED):
         return "compute-sanitizer does not reach this GPU"
-    found = [line for line in done.output.splitlines() if "ERROR SUMMARY" in line]
+    found = [line for line in lines if "ERROR SUMMARY" in line]
     if done.status == FOUND and found:
         return f"found {found[-1].partition('SUMMARY: ')[2]}"
     return f"found exit status {done.status}"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clock import ahead_of_gpu
+from benchmarks.clock import ahead_of_gpu, release
 from benchmarks.limits import Limits, measure_limits, wait
 from moca_fast import _C
 
@@ -312,8 +312,7 @@ def problem(work: Work, device: str) -> tuple[tuple[Tensor, ...], Any, list[Expe
     if _at_hand != [(work, device)]:
         _problem.cache_clear()
         _at_hand[:] = [(work, device)]
-        if device != "cpu":
-            torch.cuda.empty_cache()
+    release()
     return _problem(work, device)
 
 

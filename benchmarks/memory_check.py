@@ -15,9 +15,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests" / "ops"))
     import every_op
 
-    if reason := moca_fast.backends()[op][backend]:
-        print(f"not checked: {reason}")
-        return
+    checked = 0
     names = [n for n in every_op.CALLS if n == op or n.removeprefix(op).startswith("_")]
     torch.set_default_device("cuda")
     with moca_fast.use_backend(backend):
@@ -25,9 +23,11 @@ def main() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 try:
                     every_op.run(name, dtype)
-                except ValueError as error:  # sizes or a dtype that the kernel does not take
+                    checked += 1
+                except ValueError as error:  # there is no such kernel, or it does not take this
                     print(f"not checked: {name} {dtype}: {error}")
     torch.cuda.synchronize()
+    print(f"checked {checked} calls")
 
 
 if __name__ == "__main__":

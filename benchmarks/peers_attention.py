@@ -34,8 +34,10 @@ def sdpa(
     real = torch.arange(longest, device=d_out.device) < lengths[:, None]  # (B, S)
     mask = None if real.all() else real[:, None, None]
     grouped = work.kv_heads is not None
-    # This kernel alone has no grouped queries.
-    repeat = work.heads // (work.kv_heads or work.heads) if kernel is EFFICIENT else 1
+    # This kernel has no grouped queries, and torch takes none that has them beside a mask: then
+    # keys and values are repeated, as transformers does.
+    alone = kernel is EFFICIENT or (kernel is None and mask is not None)
+    repeat = work.heads // (work.kv_heads or work.heads) if alone else 1
 
     def pad(x: Tensor) -> Tensor:
         padded = x.new_zeros(*real.shape, *x.shape[1:])

@@ -116,7 +116,8 @@ def machine_name(run: Run) -> str:
     if any(case.info["device"] != "cpu" for case in run.cases):
         return run.machine.get("gpu", "unnamed GPU")
     cpu = run.machine.get("cpu", {})
-    brand, threads = cpu.get("brand_raw", run.machine.get("machine")), run.machine["threads"]
+    brand = cpu.get("brand_raw", run.machine.get("machine", "some CPU"))
+    threads = run.machine["threads"]
     return f"{brand}, {threads} thread{'s' * (threads != 1)}"
 
 

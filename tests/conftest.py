@@ -5,6 +5,7 @@ skipped, and the others of their modules run."""
 import importlib.util
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from unittest.mock import MagicMock
 
@@ -17,6 +18,7 @@ if not torch.cuda.is_available():
 
 def _skipping_hypothesis() -> ModuleType:
     module = ModuleType("hypothesis")
+    module.__spec__ = ModuleSpec("hypothesis", None)  # others look for one
     skipped = pytest.mark.skip(reason="hypothesis is not installed")
     module.given = lambda *strategies, **named: skipped
     module.settings = lambda **options: lambda test: test

@@ -3,6 +3,7 @@ skipped by name, and what may be called proven."""
 
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -22,6 +23,7 @@ from benchmarks.gpu_stages import FOUND, OUT_OF_TIME, Plan
 from benchmarks.harness import FACTOR, WrongResult, check
 from benchmarks.jobs import Done, Job
 from benchmarks.outcomes import FAILED, PASSED, SKIPPED, STARTED, Outcome
+from moca_fast import _verified
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {
@@ -32,11 +34,20 @@ MACHINE = {
 ABSENT = ("hypothesis", "matplotlib", "datasets", "lxml", "pyarrow", "emoji", "fontTools", "pandas")
 BARE = ("-p", "no:hypothesispytest", "-p", "absence")  # its plugin loads without being asked
 ABSENCE = f"""
-from importlib.machinery import PathFinder
-found = PathFinder.find_spec
-def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] in {ABSENT} else found(name, path, target)
-PathFinder.find_spec = staticmethod(find_spec)
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        absent = name.partition(".")[0] in {ABSENT}
+        return None if absent else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 
 
@@ -106,6 +117,11 @@ def test_a_stage_replaces_its_own_results_only(stages, tmp_path):
     run(tmp_path, "--stage", "bench", "--commit", "c2")  # tests of another commit prove nothing
     saved = json.loads((tmp_path / "gpu.json").read_text())
     assert set(saved["stages"]) == {"bench"} and saved["verified"] == {}
+
+
+def test_the_stages_start_where_nothing_is_built():
+    code = "import sys, benchmarks.gpu; sys.exit('moca_fast' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_unknown_stages_and_missing_gpus_are_refused(capsys):
@@ -236,6 +252,42 @@ def test_tests_that_want_hypothesis_are_skipped_by_name(tmp_path):
     assert plain.outcome == PASSED
 
 
+REFUSING = """
+import pytest
+
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu), "triton"])
+@pytest.mark.parametrize("reason", ["has no {} kernel; backend 'auto' would take cpu", "wrong"])
+def test_it(backend, reason):
+    if "kernel" in reason:
+        reason = f"moca_fast.pool: backend {backend!r} cannot run this call: {reason}"
+    raise ValueError(reason.format(backend))
+"""
+
+
+def test_what_has_no_cuda_kernel_is_skipped_by_name(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "ops" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(REFUSING)
+    file = tmp_path / "outcomes.jsonl"
+    job = pytest_job(tmp_path, file, str(tmp_path))
+    path = job.environment["PYTHONPATH"] + os.pathsep + str(ROOT / "tests" / "ops")
+    job = replace(job, environment={**job.environment, "PYTHONPATH": path})
+    done = jobs.run(
+        [job], parallel=1, deadline=time.time() + 60, log=tmp_path / "log", folder=tmp_path
+    )
+    results = outcomes.read(file).values()
+    assert sorted(one.outcome for one in results) == [FAILED] * 3 + [SKIPPED], done["job"].output
+    assert gpu_stages.skips(results) == {"has no cuda kernel": 1}
+
+
+def test_the_build_is_for_the_gpu_that_torch_sees(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOCA_CUDA_ARCHS", raising=False)
+    hopper = gpu_stages.build_environment(plan(tmp_path))
+    assert (hopper["MOCA_CUDA"], hopper["MOCA_CUDA_ARCHS"]) == ("", "90a")
+    machine = {**MACHINE, "architecture": "sm_120"}
+    assert gpu_stages.build_environment(plan(tmp_path, machine=machine))["MOCA_CUDA_ARCHS"] == "120"
+    assert gpu_stages.build_environment(plan(tmp_path, device="cpu"))["MOCA_CUDA"] == "0"
+
+
 def gpu_test(name: str, outcome: str = PASSED, backend: str = "", message: str = "") -> Outcome:
     return Outcome(f"tests/ops/test_{name}.py::test_it", outcome, message, backend=backend)
 
@@ -259,6 +311,7 @@ def test_only_what_passed_whole_is_proven(tmp_path):
     assert {op: set(backends) for op, backends in table.items()} == {
         "pool": {"triton"}, "masked_patch_mse": {"cuda"},
     }  # fmt: skip
+    _verified.check(table, "the table of what passed")
     entry = table["pool"]["triton"]["sm_90"]
     assert entry.pop("date") and entry == {
         "gpu": "A GPU", "driver": "580", "torch": "2.11", "triton": "3.6.0", "cuda": "13.0",
@@ -269,8 +322,14 @@ def test_only_what_passed_whole_is_proven(tmp_path):
 @pytest.mark.parametrize(
     ("status", "output", "verdict"),
     [
-        (0, "========= ERROR SUMMARY: 0 errors", "clean"),
-        (0, "not checked: no kernel", "not checked: no kernel"),
+        (0, "not checked: float32\nchecked 1 calls\n= ERROR SUMMARY: 0 errors", "clean"),
+        (0, "not checked: no kernel\nchecked 0 calls", "not checked: no kernel"),
+        (
+            1,
+            "Error: terminated before first instrumented API call\nnot checked: no kernel\n"
+            "checked 0 calls",
+            "not checked: no kernel",
+        ),
         (FOUND, "========= ERROR SUMMARY: 3 errors", "found 3 errors"),
         (1, "Error: Device not supported", "compute-sanitizer does not reach this GPU"),
         (1, "Traceback", "found exit status 1"),
