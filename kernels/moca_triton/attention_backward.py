@@ -14,6 +14,8 @@ from moca_triton.attention_tiles import (
     UNIT,
     dot_rows,
     load_rows,
+    next_rows,
+    place_of_queries,
     store_rows,
     tile_blocks,
     tile_rows,
@@ -95,10 +97,7 @@ def queries_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """d_q of one head of every `programs`-th tile of queries; programs stand as in the forward."""
-    pid = tl.program_id(0)
-    tile = pid // group % programs
-    kv_head = pid // group // programs
-    head = kv_head * group + pid % group
+    tile, kv_head, head = place_of_queries(group, programs)
     q_token *= UNIT
     k_token *= UNIT
     v_token *= UNIT
@@ -140,10 +139,7 @@ def queries_kernel(
             )  # fmt: skip
         store_rows(d_q_ptr + at, heads * D, offs, real, sum1 * softmax_scale, sum2 * softmax_scale,
                    D, D1, D2)  # fmt: skip
-        first += ROWS
-        if first >= last:
-            tile += programs
-            first, last = tile_rows(tiles_ptr, tile, num_tiles)
+        tile, first, last = next_rows(tiles_ptr, tile, first + ROWS, last, programs, num_tiles)
 
 
 @triton.jit
@@ -186,6 +182,30 @@ def add_to_keys(
     if D2 > 0:
         d_v2 = tl.dot(weights, d_out2, d_v2, input_precision="ieee")
         d_k2 = tl.dot(d_scores, q2, d_k2, input_precision="ieee")
+    return d_k1, d_k2, d_v1, d_v2
+
+
+@triton.jit
+def add_heads_to_keys(
+    k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
+    q_ptr, d_out_ptr, lse2_ptr, delta_ptr, q_token, q_head, heads, group, num_queries,
+    begin, stop, count, gap_from, gap, scale,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add `count` blocks of every query head of the group; `gap` blocks from `gap_from` are left
+    out. One loop over heads and blocks, so that loads run ahead from head to head."""
+    for i in range(count * group):
+        head = (i // count).to(tl.int64)
+        block = i % count
+        block = tl.where(block < gap_from, block, block + gap)
+        d_k1, d_k2, d_v1, d_v2 = add_to_keys(
+            k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
+            q_ptr + head * q_head * UNIT, d_out_ptr + head * D,
+            lse2_ptr + head * num_queries, delta_ptr + head * num_queries,
+            q_token, heads * D, begin + block * COLUMNS, stop, scale,
+            D, D1, D2, COLUMNS, MASKED,
+        )  # fmt: skip
     return d_k1, d_k2, d_v1, d_v2
 
 
@@ -234,35 +254,18 @@ def keys_kernel(
         d_v1 = tl.zeros([ROWS, D1], tl.float32)
         d_v2 = tl.zeros([ROWS, D2 if D2 > 0 else 16], tl.float32)
         whole = whole_to - whole_from
-        edges = count - whole
-        for i in range(edges * group):  # one loop over heads and blocks: loads run ahead in it
-            head = i // edges
-            edge = i % edges
-            block = tl.where(edge < whole_from, edge, edge + whole)
-            d_k1, d_k2, d_v1, d_v2 = add_to_keys(
-                k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
-                q_ptr + head.to(tl.int64) * q_head * UNIT, d_out_ptr + head * D,
-                lse2_ptr + head.to(tl.int64) * num_queries,
-                delta_ptr + head.to(tl.int64) * num_queries,
-                q_token, heads * D, begin + block * COLUMNS, stop, scale,
-                D, D1, D2, COLUMNS, True,
-            )  # fmt: skip
-        for i in range(whole * group):
-            head = i // whole
-            block = whole_from + i % whole
-            d_k1, d_k2, d_v1, d_v2 = add_to_keys(
-                k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
-                q_ptr + head.to(tl.int64) * q_head * UNIT, d_out_ptr + head * D,
-                lse2_ptr + head.to(tl.int64) * num_queries,
-                delta_ptr + head.to(tl.int64) * num_queries,
-                q_token, heads * D, begin + block * COLUMNS, stop, scale,
-                D, D1, D2, COLUMNS, False,
-            )  # fmt: skip
+        d_k1, d_k2, d_v1, d_v2 = add_heads_to_keys(
+            k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
+            q_ptr, d_out_ptr, lse2_ptr, delta_ptr, q_token, q_head, heads, group, num_queries,
+            begin, stop, count - whole, whole_from, whole, scale, D, D1, D2, COLUMNS, True,
+        )  # fmt: skip
+        d_k1, d_k2, d_v1, d_v2 = add_heads_to_keys(
+            k1, k2, v1, v2, d_k1, d_k2, d_v1, d_v2, row_start, row_end,
+            q_ptr, d_out_ptr, lse2_ptr, delta_ptr, q_token, q_head, heads, group, num_queries,
+            begin, stop, whole, 0, whole_from, scale, D, D1, D2, COLUMNS, False,
+        )  # fmt: skip
         at = (here * kv_heads + kv_head) * D
         store_rows(d_k_ptr + at, kv_heads * D, offs, real, d_k1 * softmax_scale,
                    d_k2 * softmax_scale, D, D1, D2)  # fmt: skip
         store_rows(d_v_ptr + at, kv_heads * D, offs, real, d_v1, d_v2, D, D1, D2)
-        first += ROWS
-        if first >= last:
-            tile += programs
-            first, last = tile_rows(tiles_ptr, tile, num_tiles)
+        tile, first, last = next_rows(tiles_ptr, tile, first + ROWS, last, programs, num_tiles)

@@ -11,6 +11,8 @@ from moca_triton.attention_tiles import (
     UNIT,
     dot_rows,
     load_rows,
+    next_rows,
+    place_of_queries,
     store_rows,
     tile_blocks,
     tile_rows,
@@ -61,12 +63,8 @@ def forward_kernel(
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One query head of every `programs`-th tile. Heads that share keys run side by side, then come
-    the tiles of that key head, so that its keys stay in the second cache."""
-    pid = tl.program_id(0)
-    tile = pid // group % programs
-    kv_head = pid // group // programs
-    head = kv_head * group + pid % group
+    """One query head of every `programs`-th tile."""
+    tile, kv_head, head = place_of_queries(group, programs)
     q_token *= UNIT
     k_token *= UNIT
     v_token *= UNIT
@@ -116,7 +114,4 @@ def forward_kernel(
         at = here * heads + head + offs * heads
         tl.store(lse_ptr + at, tl.where(empty, float("-inf"), rounded), mask=real)
         tl.store(rest_ptr + at, tl.where(empty, 0.0, lse - rounded), mask=real)
-        first += ROWS
-        if first >= last:
-            tile += programs
-            first, last = tile_rows(tiles_ptr, tile, num_tiles)
+        tile, first, last = next_rows(tiles_ptr, tile, first + ROWS, last, programs, num_tiles)

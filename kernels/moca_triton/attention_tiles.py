@@ -33,6 +33,24 @@ def tile_rows(tiles_ptr, tile, num_tiles):
 
 
 @triton.jit
+def next_rows(tiles_ptr, tile, first, last, programs, num_tiles):
+    """Where a program goes on: row `first` of its tile or, past its `last`, its next tile."""
+    if first >= last:
+        tile += programs
+        first, last = tile_rows(tiles_ptr, tile, num_tiles)
+    return tile, first, last
+
+
+@triton.jit
+def place_of_queries(group, programs):
+    """First tile, key head and query head of a program. Heads that share keys run side by side, then
+    come the tiles of that key head, so that its keys stay in the second cache."""
+    pid = tl.program_id(0)
+    kv_head = pid // group // programs
+    return pid // group % programs, kv_head, kv_head * group + pid % group
+
+
+@triton.jit
 def tile_blocks(start_ptr, end_ptr, first, last, size, COLUMNS: tl.constexpr):
     """The blocks that rows `first` to `last` need, of the `size` columns there are.
 
