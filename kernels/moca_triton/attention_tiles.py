@@ -43,8 +43,8 @@ def next_rows(tiles_ptr, tile, first, last, programs, num_tiles):
 
 @triton.jit
 def place_of_queries(group, programs):
-    """First tile, key head and query head of a program. Heads that share keys run side by side, then
-    come the tiles of that key head, so that its keys stay in the second cache."""
+    """First tile, key head and query head of a program. Heads that share keys run side by side,
+    then come the tiles of that key head, so that its keys stay in the second cache."""
     pid = tl.program_id(0)
     kv_head = pid // group // programs
     return pid // group % programs, kv_head, kv_head * group + pid % group
