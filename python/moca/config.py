@@ -106,6 +106,7 @@ class ContrastConfig(RunConfig):
     temperature: float = 0.03
     learn_temperature: bool = False
     token_dropout: float = 0.0  # probability that a text token is left out
+    task_token_dropout: dict[str, float] = field(default_factory=dict)  # where a task's differs
     symmetric: bool = False  # also document -> query; MoCa trains query -> document only
 
     def check(self) -> None:
@@ -116,11 +117,13 @@ class ContrastConfig(RunConfig):
         _fraction(self, "token_dropout")
         if not self.pairs:
             raise ConfigError("pairs: expected {task: source} with at least one task, got none")
-        for name in ("task_batch_sizes", "task_weights"):
+        for name in ("task_batch_sizes", "task_weights", "task_token_dropout"):
             for task, value in getattr(self, name).items():
                 if task not in self.pairs:
                     raise ConfigError(f"{name}: no such task {task!r}{_nearest(task, self.pairs)}")
-                if value <= 0:
+                if name == "task_token_dropout":
+                    _is_fraction(f"{name}.{task}", value)
+                elif value <= 0:
                     raise ConfigError(f"{name}.{task}: expected a positive number, got {value}")
 
 
@@ -294,5 +297,9 @@ def _positive(config: Any, name: str) -> None:
 
 
 def _fraction(config: Any, name: str) -> None:
-    if not 0 <= (value := getattr(config, name)) <= 1:
+    _is_fraction(name, getattr(config, name))
+
+
+def _is_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
         raise ConfigError(f"{name}: expected 0 to 1, got {value}")

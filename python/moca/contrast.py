@@ -115,9 +115,9 @@ class PairBatches(Dataset):
         for index, pair in zip(indices, pairs, strict=True):
             rng = np.random.default_rng([self.config.seed, step, index])
             chosen = rng.permutation(len(pair.negatives))[:negatives]
-            queries.append(self._encode(pair.query, rng))
-            positives.append(self._encode(pair.positive, rng))
-            hard += [self._encode(pair.negatives[number], rng) for number in chosen]
+            queries.append(self._encode(pair.query, task, rng))
+            positives.append(self._encode(pair.positive, task, rng))
+            hard += [self._encode(pair.negatives[number], task, rng) for number in chosen]
         encoded = queries + positives + hard
         return PairBatch(
             task,
@@ -129,9 +129,10 @@ class PairBatches(Dataset):
             self.encoder.counts - before,
         )
 
-    def _encode(self, document: Document, rng: np.random.Generator) -> Encoded:
+    def _encode(self, document: Document, task: str, rng: np.random.Generator) -> Encoded:
         encoded = self.encoder(augment_images(document, rng, self.changes))
-        return drop_tokens(encoded, rng, self.config.token_dropout, self.special_ids)
+        dropout = self.config.task_token_dropout.get(task, self.config.token_dropout)
+        return drop_tokens(encoded, rng, dropout, self.special_ids)
 
 
 def contrast(config: ContrastConfig) -> None:

@@ -78,6 +78,14 @@ def test_task_of_weights_must_exist():
         from_dict(ContrastConfig, values)
 
 
+def test_dropout_of_a_task_is_a_probability():
+    values = {"model": "m", "output": "o", "pairs": {"emoji": "e"}}
+    for wrong in (-0.1, 1.5):
+        with pytest.raises(ConfigError, match=r"task_token_dropout\.emoji: expected 0 to 1, got"):
+            from_dict(ContrastConfig, {**values, "task_token_dropout": {"emoji": wrong}})
+    assert from_dict(ContrastConfig, {**values, "task_token_dropout": {"emoji": 0}})
+
+
 @pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "\tx: 1"])
 def test_file_that_is_no_config(tmp_path, text):
     path = tmp_path / "bad.yaml"

@@ -16,11 +16,12 @@ import tiny
 import torch
 from moca.checkpoint import CheckpointError, checkpoints
 from moca.config import ConfigError, ContrastConfig, CptConfig, from_dict
-from moca.contrast import contrast
+from moca.contrast import PairBatches, contrast, load_tasks
 from moca.data.encode import Encoder
 from moca.data.packing import pack
 from moca.data.records import Document
 from moca.embed import Embedder
+from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
 from moca.run import Interrupted, Run, read_log, seeded
@@ -148,6 +149,24 @@ def test_damaged_checkpoint_is_named(data, tmp_path):
 def test_task_smaller_than_a_batch(data, tmp_path):
     with pytest.raises(ConfigError, match="words"):
         contrast(contrast_config(data, tmp_path / "run", task_batch_sizes={"words": 99}))
+
+
+def test_tokens_are_dropped_from_the_task_that_says_so(data, tmp_path):
+    def tokens(**options) -> dict[str, int]:
+        config = contrast_config(data, tmp_path / "run", **options)
+        tasks = load_tasks(config.pairs, config.on_error)
+        model = MocaModel.from_pretrained(data["model"])
+        encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
+        schedule = [(task, range(8)) for task in tasks]
+        batches = PairBatches(tasks, schedule, encoder, config)
+        return {task: len(batches[step].batch.input_ids) for step, task in enumerate(tasks)}
+
+    whole, words = tokens(), tokens(task_token_dropout={"words": 0.9})
+    assert words["words"] < 0.8 * whole["words"]
+    assert words["pictures"] == whole["pictures"]
+    others = tokens(token_dropout=0.9, task_token_dropout={"words": 0.0})
+    assert others["words"] == whole["words"]
+    assert others["pictures"] < whole["pictures"]
 
 
 def test_full_disk_leaves_the_earlier_checkpoint(data, tmp_path, monkeypatch):
