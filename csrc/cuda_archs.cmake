@@ -1,5 +1,6 @@
 # Which GPU architectures to compile for. Alone, it prints what a list means:
 #   cmake -DMOCA_CUDA_ARCHS="80;90a" -P csrc/cuda_archs.cmake
+cmake_policy(VERSION 3.24)
 
 # One binary of a plain architecture also runs on later ones of its generation (80 on 86 and 89, 100
 # on 103, 120 on 121). 90a is Hopper with its own matrix instructions, and runs nowhere else.
