@@ -1,10 +1,11 @@
 """The whole system: a step of both training stages, and `encode`, in tokens a second.
 
 The peer is the same model with torch's attention over padded rows and torch's losses; "sorted"
-cuts a batch into chunks of similar length first. It keeps our patch embedding, a matrix product
-that is faster on CPUs than the convolution transformers has. Making batches is in no time but that
-of `encode`. The oracle takes every document alone; transformers' norms and rotary angles stay in
-float32 even there.
+cuts a batch into chunks of similar length first. In `encode` both take chunks of as many tokens as
+ours, padding counted: the first of documents as they come, "sorted" as sentence-transformers does.
+The peer keeps our patch embedding, a matrix product that is faster on CPUs than the convolution
+transformers has. Making batches is in no time but that of `encode`. The oracle takes every document
+alone; transformers' norms and rotary angles stay in float32 even there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from moca.contrast import ContrastObjective, PairBatch
 from moca.data.encode import Encoder
 from moca.data.packing import document_cost, pack
 from moca.embed import Embedder
-from moca.model import MocaModel, split_documents
+from moca.model import MocaModel, resolve_precision, split_documents
 from moca.pretrain import MaskedBatch, mask_batch
 from moca.quickstart.run import BATCH, CPT_COST, IMAGES, TRAINING
-from moca.run import resolve_precision, seeded
+from moca.run import seeded
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,7 +140,8 @@ def _contrast(work: System, model: MocaModel) -> Step:
 
 
 def _encode(work: System, model: MocaModel) -> Step:
-    embedder = Embedder(model.eval(), TRAINING["max_length"])
+    precision = "bf16" if work.dtype == "bfloat16" else "fp32"
+    embedder = Embedder(model.eval(), TRAINING["max_length"], precision=precision)
     items = documents(work.amount, POSITIVES, 0)
     tokens = sum(len(work.encoder(item)) for item in items)
     return Step(lambda: [torch.from_numpy(embedder.encode(items))], tokens)
@@ -185,26 +187,29 @@ def _contrast_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
 
 
 def _encode_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
-    """Sorted by length, as sentence-transformers does; batches of as many tokens as ours have,
-    padding counted."""
     items, model = documents(work.amount, POSITIVES, 0), model.eval()
     budget = 1 if chunks is None else Embedder(model).batch_tokens
+    mixed = work.dtype == "bfloat16" and model.vlm.dtype == torch.float32
 
     @torch.inference_mode()
     def encode() -> list[Tensor]:
         encoded = [work.encoder(item) for item in items]
-        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-        cuts = [0]
-        for place in range(1, len(order)):
-            longest = len(encoded[order[cuts[-1]]])
-            if longest * (place - cuts[-1] + 1) > budget:
+        order = list(range(len(encoded)))
+        if chunks != 1:
+            order.sort(key=lambda i: -len(encoded[i]))
+        cuts, longest = [0], 0
+        for place, item in enumerate(order):
+            longest = max(longest, len(encoded[item]))
+            if place > cuts[-1] and longest * (place - cuts[-1] + 1) > budget:
                 cuts.append(place)
+                longest = len(encoded[item])
         result = torch.empty(len(items), model.hidden_size, dtype=model.vlm.dtype)
         for begin, end in pairwise([*cuts, len(order)]):
             some = order[begin:end]
             image = work.encoder.image_token_id
             singles = [pack([encoded[i]], IMAGES.merge_size, image) for i in some]
-            result[some] = padded.embed(model, padded.pad(singles).to(model.device)).cpu()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+                result[some] = padded.embed(model, padded.pad(singles).to(model.device)).cpu()
         return [result]
 
     return Step(encode, sum(len(work.encoder(item)) for item in items))
@@ -219,24 +224,23 @@ def _full() -> list[System]:
         (QUICKSTART, (Target(2),), CPT_COST, BATCH, 512),
         (WIDE, (), CPT_COST // 8, BATCH // 8, 64),
     ):
-        for kind, amount in (("cpt", cost), ("contrast", pairs)):
+        for kind, amount in (("cpt", cost), ("contrast", pairs), ("encode", items)):
             works.append(
-                System(kind=kind, model=model, amount=amount, dtype=mixed, targets=targets)
+                System(
+                    kind=kind,
+                    model=model,
+                    amount=amount,
+                    dtype=mixed,
+                    backward=kind != "encode",
+                    targets=targets,
+                )
             )
-        works.append(
-            System(kind="encode", model=model, amount=items, backward=False, targets=targets)
-        )
     return works
 
 
 PEERS = [
     Runner("torch", partial(rows, chunks=1), yardstick=True),
-    # `encode` sorts documents by length in any case.
-    Runner(
-        "torch sorted",
-        partial(rows, chunks=SORTED_CHUNKS),
-        suits=lambda work: work.kind != "encode",
-    ),
+    Runner("torch sorted", partial(rows, chunks=SORTED_CHUNKS)),
 ]
 WORKS = {
     "tiny": [

@@ -95,7 +95,7 @@ WORKS = {
     "tiny": [Mrope(tokens=50, heads=3, kv_heads=1, dim=16)],
     "full": [
         replace(SEVEN_B, tokens=8192, dtype="float32", targets=(Target(1),)),
-        replace(SEVEN_B, targets=(Target(1, limit=0.85),)),
+        replace(SEVEN_B, targets=(Target(1),)),
     ],
     "gpu": [
         replace(SEVEN_B, backward=backward, targets=(Target(1, limit=0.85, over=BEST),))

@@ -110,6 +110,4 @@ def build(size: Size, attention: str) -> MocaModel:
         vision_heads=size.vision_heads,
     )  # fmt: skip
     config.get_text_config().vocab_size = size.vocabulary
-    model = build_model(config, tokenizer(), IMAGES)
-    model.vlm.set_attn_implementation(attention)
-    return model.train()
+    return build_model(config, tokenizer(), IMAGES, attn_implementation=attention).train()

@@ -162,7 +162,12 @@ def build(shape: Shape, attention: str, device: torch.device, dtype: torch.dtype
     config.dtype = dtype
     with torch.device(device):
         torch.manual_seed(0)
-        model = build_model(config, tokenizer(), ImageSettings(), init_std=INIT_STD)
-    model.vlm.set_attn_implementation(attention)
+        model = build_model(
+            config,
+            tokenizer(),
+            ImageSettings(),
+            init_std=INIT_STD,
+            attn_implementation=attention,
+        )
     model.vlm.gradient_checkpointing_enable()
     return model.train()

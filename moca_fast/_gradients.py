@@ -19,6 +19,14 @@ def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> 
     )
 
 
+def made_with_loss(tensor: Tensor, backend: str) -> bool:
+    """Whether gradients are made along with the loss of `tensor`, by all but the CPU's kernels:
+    those hold so little at a time that they form scores twice in any case, and to scale what was
+    kept would only add a copy.
+    """
+    return tensor.device.type != "cpu" or backend not in ("auto", "cpu")
+
+
 def keep_gradients(ctx: Any, output: Sequence[Tensor]) -> None:
     """Saves output[1:], the gradients that a forward has made of its loss, output[0]."""
     ctx.mark_non_differentiable(*output[1:])

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 OnError = Literal["raise", "skip"]
+# Of products; weights stay as they are. auto: bf16 where the hardware multiplies it, else fp32.
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class ConfigError(ValueError):
@@ -39,7 +41,7 @@ class RunConfig:
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     warmup: float = 0.05  # fraction of the steps
     grad_clip: float = 5.0  # largest gradient norm; 0 leaves gradients as they are
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where hardware multiplies it
+    precision: Precision = "auto"
     gradient_checkpointing: bool = False
     max_length: int = 1280  # tokens of one document; images are kept or dropped whole
     on_error: OnError = "raise"  # unreadable record: raise | skip (counted and reported)
@@ -136,6 +138,7 @@ class EmbedConfig:
     output: str  # the index directory; refused if it exists
     batch_tokens: int = 8192
     max_length: int = 1280
+    precision: Precision = "auto"
     on_error: OnError = "raise"
 
     def check(self) -> None:
@@ -154,6 +157,7 @@ class EvalConfig:
     output: str = ""  # a JSON file for the metrics; empty prints only
     batch_tokens: int = 8192
     max_length: int = 1280
+    precision: Precision = "auto"
     on_error: OnError = "raise"
 
     def check(self) -> None:
@@ -173,7 +177,6 @@ class QuickstartConfig:
     output: str = "runs/quickstart"
     docs: str = ""  # a folder of HTML pages; empty fetches the Debian packages
     cache: str = ".cache/quickstart"  # where packages are kept between runs
-    overwrite: bool = False  # replace an earlier report in `output`
     seed: int = 0
     scale: float = 1.0  # factor on all numbers of steps
     baseline: bool = True  # also train the CNN + n-gram baseline

@@ -24,7 +24,7 @@ from moca.data.encode import Encoded, Encoder
 from moca.data.packing import pack
 from moca.data.records import IMAGE_MARKER, Document
 from moca.data.sources import load_documents
-from moca.model import MocaModel
+from moca.model import MocaModel, resolve_precision
 
 EMBEDDINGS, INDEX = "embeddings.parquet", "index.json"
 # Documents that are encoded together and sorted by length before they are packed.
@@ -39,11 +39,20 @@ class Embedder:
         max_length: most tokens of a document. Text past it is cut, an image that does not fit is
             left out whole; both are counted in `counts`.
         batch_tokens: most tokens of one packed forward; a longer document goes alone.
+        precision: of the products of a model whose weights are float32: "fp32", "bf16", or "auto"
+            for bf16 where the hardware multiplies it. Other weights are used as they are.
     """
 
-    def __init__(self, model: MocaModel, max_length: int = 1280, batch_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: MocaModel,
+        max_length: int = 1280,
+        batch_tokens: int = 8192,
+        precision: str = "auto",
+    ) -> None:
         self.model = model
         self.batch_tokens = batch_tokens
+        self.mixed = resolve_precision(precision) == "bf16" and model.vlm.dtype == torch.float32
         self.encoder = Encoder(model.tokenizer, model.image_settings, max_length)
 
     @classmethod
@@ -55,6 +64,7 @@ class Embedder:
         dtype: torch.dtype | None = None,
         max_length: int = 1280,
         batch_tokens: int = 8192,
+        precision: str = "auto",
     ) -> Embedder:
         """Load a saved model directory, or a Qwen-VL checkpoint from the hub.
 
@@ -62,12 +72,12 @@ class Embedder:
             path: the directory or hub name.
             device: default a GPU if there is one, else the CPU.
             dtype: of the weights; default that of the file.
-            max_length, batch_tokens: as in the class.
+            max_length, batch_tokens, precision: as in the class.
         """
         model = MocaModel.from_pretrained(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
-        return cls(model.eval(), max_length, batch_tokens)
+        return cls(model.eval(), max_length, batch_tokens, precision)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -121,7 +131,8 @@ class Embedder:
     def _forward(self, encoded: list[Encoded]) -> np.ndarray:
         merge_size, image_token = self.encoder.merge_size, self.encoder.image_token_id
         batch = pack(encoded, merge_size, image_token).to(self.model.device)
-        return self.model.embed(batch).float().cpu().numpy()
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed):
+            return self.model.embed(batch).float().cpu().numpy()
 
 
 def _packs(encoded: list[Encoded], budget: int) -> Iterable[list[int]]:
@@ -162,7 +173,10 @@ def build_index(config: EmbedConfig) -> int:
     if not documents:
         raise ConfigError(f"source: {config.source} holds no documents")
     embedder = Embedder.from_pretrained(
-        config.model, max_length=config.max_length, batch_tokens=config.batch_tokens
+        config.model,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        precision=config.precision,
     )
     embeddings = embedder.encode(documents, progress=True)
     dimension = embeddings.shape[1]
@@ -177,7 +191,8 @@ def build_index(config: EmbedConfig) -> int:
         pq.write_table(table, folder / EMBEDDINGS)
         about = {"model": str(Path(config.model).resolve()) if Path(config.model).exists()
                  else config.model, "source": config.source, "dimension": dimension,
-                 "max_length": config.max_length, **embedder.counts}  # fmt: skip
+                 "max_length": config.max_length, "precision": config.precision,
+                 **embedder.counts}  # fmt: skip
         (folder / INDEX).write_text(json.dumps(about, indent=1), encoding="utf-8")
     for reason, count in embedder.counts.items():
         tqdm.write(f"{count} {reason} at max_length {config.max_length}")
@@ -201,7 +216,9 @@ def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
     about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     table = pq.read_table(folder / EMBEDDINGS)
     vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    embedder = Embedder.from_pretrained(about["model"], max_length=about["max_length"])
+    embedder = Embedder.from_pretrained(
+        about["model"], max_length=about["max_length"], precision=about["precision"]
+    )
     scores = vectors.reshape(-1, about["dimension"]) @ embedder.encode([query])[0]
     best = np.argsort(-scores, kind="stable")[:k]
     names, texts = table["name"].to_pylist(), table["text"].to_pylist()

@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2_5_VLConfig
 
 import moca_fast
+from moca.config import Precision
 from moca.data.images import ImageSettings
 from moca.data.packing import PackedBatch
 from moca.saving import Settings, add_mask_token, read_directory, write_directory
@@ -27,7 +28,23 @@ from moca_fast.integrations.transformers import (
     make_bidirectional,
     pack_vision,
     packed_kwargs,
+    use_mrope,
 )
+
+
+def resolve_precision(precision: str) -> str:
+    """ "auto" is bf16 where the hardware multiplies it, else fp32.
+
+    Raises:
+        ValueError: none of "auto", "fp32" and "bf16".
+    """
+    if precision not in (names := get_args(Precision)):
+        raise ValueError(f"precision: expected one of {names}, got {precision!r}")
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 class PatchProjection(nn.Module):
@@ -90,6 +107,8 @@ class MocaModel(nn.Module):
             make_bidirectional(vlm)
         else:
             pack_vision(vlm)
+        if vlm.config.get_text_config()._attn_implementation == NAME:
+            use_mrope(vlm)
 
     @classmethod
     def from_pretrained(
@@ -320,6 +339,7 @@ def build_model(
     init_std: float = 0.05,
     branch_scale: float = 1.0,
     seed: int = 0,
+    attn_implementation: str = NAME,
     **kwargs: Any,
 ) -> MocaModel:
     """A model with random weights: normal with `init_std` for matrices, drawn from `seed`.
@@ -329,6 +349,7 @@ def build_model(
         branch_scale: factor on the first values of the matrices that write into the residual
             stream of the text tower. Where it is small, the states of a text are nearly the
             embeddings of its tokens, and texts with words in common are alike before any training.
+        attn_implementation: as for `MocaModel.from_pretrained`.
         tokenizer, image_settings, kwargs: as for `MocaModel`.
     """
     parts: tuple[Any, ...] = (config, config.get_text_config(), config.vision_config)
@@ -336,7 +357,9 @@ def build_model(
         part.initializer_range = init_std
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vlm = AutoModelForImageTextToText.from_config(config, attn_implementation=NAME)
+        vlm = AutoModelForImageTextToText.from_config(
+            config, attn_implementation=attn_implementation
+        )
     with torch.no_grad():
         for layer in vlm.model.language_model.layers:
             for branch in (layer.self_attn, layer.mlp):

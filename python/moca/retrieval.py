@@ -35,7 +35,10 @@ def evaluate_model(config: EvalConfig) -> Scores:
     pools |= {task: load_beir(folder) for task, folder in config.beir.items()}
     choices = {task: load_mmeb(file) for task, file in config.mmeb.items()}
     embedder = Embedder.from_pretrained(
-        config.model, max_length=config.max_length, batch_tokens=config.batch_tokens
+        config.model,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        precision=config.precision,
     )
 
     def embed(documents: list[Document]):

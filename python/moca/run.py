@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from moca.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_file
 from moca.config import ConfigError, RunConfig, save_config
+from moca.model import resolve_precision
 
 CONFIG, LOG = "config.yaml", "log.jsonl"
 
@@ -38,15 +39,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     # Said outright, because without it processes on a machine of CPUs would not find each other.
     cpu = not torch.accelerator.is_available()
     return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[ddp])
-
-
-def resolve_precision(precision: str) -> str:
-    """ "auto" is bf16 where the hardware multiplies it, else fp32."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def check_output(config: RunConfig) -> Path | None:

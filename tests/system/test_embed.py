@@ -11,7 +11,8 @@ from moca import Document, Embedder
 
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory) -> Embedder:
-    return Embedder.from_pretrained(tiny.write_model(tmp_path_factory.mktemp("m") / "model"))
+    folder = tiny.write_model(tmp_path_factory.mktemp("m") / "model")
+    return Embedder.from_pretrained(folder, precision="fp32")
 
 
 def picture(colour="red", shape="square") -> PIL.Image.Image:
@@ -37,9 +38,20 @@ def test_packing_and_order_change_nothing(embedder):
     together = embedder.encode(items)
     alone = np.concatenate([embedder.encode([item]) for item in items])
     np.testing.assert_allclose(together, alone, atol=2e-5)
-    small = Embedder(embedder.model, batch_tokens=1)
+    small = Embedder(embedder.model, batch_tokens=1, precision="fp32")
     np.testing.assert_allclose(together, small.encode(items), atol=2e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
+
+
+def test_precision(embedder):
+    items = ["a red square", ["blue ", picture("blue", "frame")]]
+    exact = embedder.encode(items)
+    rough = Embedder(embedder.model, precision="bf16").encode(items)
+    assert rough.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rough, axis=1), 1.0, atol=1e-5)
+    assert 0 < np.abs(rough - exact).max() < 0.02
+    with pytest.raises(ValueError, match=r"precision: expected one of .*'bf16'.*, got 'half'"):
+        Embedder(embedder.model, precision="half")
 
 
 def test_interleaving_matters(embedder):

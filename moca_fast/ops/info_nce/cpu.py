@@ -36,11 +36,6 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
     return grads
 
 
-def forward_with_gradients(needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
-    loss, lse = forward(*tensors)
-    return loss.sum(), *backward(torch.ones_like(loss), lse, needs, *tensors)
-
-
 def _contiguous(tensors: tuple[Tensor | None, ...]) -> Inputs:
     return Inputs(*(contiguous(tensor) for tensor in tensors))
 

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
-from moca_fast._gradients import empty_gradients, keep_gradients, scaled_gradients
+from moca_fast._gradients import (
+    empty_gradients,
+    keep_gradients,
+    made_with_loss,
+    scaled_gradients,
+)
 
 OP = "info_nce"
 REDUCTIONS = ("mean", "sum", "none")
@@ -47,8 +52,8 @@ def info_nce(
     loss[b] = log(sum over j of exp(s[b, j]) + sum over k of exp(h[b, k])) - s[b, target[b]],
     s = query . document / temperature, h[b, k] = query[b] . hard_negatives[b, k] / temperature.
     Nothing is normalised here: for the cosine similarity pass vectors of unit length, as
-    `moca_fast.pool` gives them. Where a gradient will be needed and the reduction is "mean" or
-    "sum", it is made along with the loss, of the same scores, and kept for the backward.
+    `moca_fast.pool` gives them. On a GPU a gradient that will be needed of a "mean" or "sum" is
+    made along with the loss, of the same scores, and kept for the backward.
 
     Args:
         query: (B, D) float32, bfloat16, float16 or float64; receives a gradient.
@@ -84,11 +89,12 @@ def info_nce(
         document_ids=document_ids,
         reduction=reduction,
     )
-    call = (*tensors, _dispatch.requested(backend))
+    backend = _dispatch.requested(backend)
+    call = (*tensors, backend)
     needs = [t is not None and t.requires_grad for t in _with_gradient(*tensors)]
     if reduction == "none":
         return torch.ops.moca_fast.info_nce(*call)[0]
-    if torch.is_grad_enabled() and any(needs):
+    if torch.is_grad_enabled() and any(needs) and made_with_loss(query, backend):
         loss = torch.ops.moca_fast.info_nce_with_gradients(*call, needs)[0]
     else:
         loss = torch.ops.moca_fast.info_nce(*call)[0].sum()

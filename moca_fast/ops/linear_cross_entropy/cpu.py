@@ -47,19 +47,6 @@ def backward(
     return grads
 
 
-def forward_with_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    inputs = (hidden, weight, labels, bias, ignore_index)
-    loss, lse = forward(*inputs)
-    return loss.sum(), *backward(torch.ones_like(loss), lse, *inputs, needs)
-
-
 def _counted(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).nonzero()[:, 0].contiguous()
 

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
-from moca_fast._gradients import empty_gradients, keep_gradients, scaled_gradients
+from moca_fast._gradients import (
+    empty_gradients,
+    keep_gradients,
+    made_with_loss,
+    scaled_gradients,
+)
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -33,8 +38,8 @@ def linear_cross_entropy(
 
     loss[t] = log(sum over v of exp(z[t, v])) - z[t, labels[t]], z[t, v] = hidden[t] . weight[v]
     + bias[v], accumulated in float32. A row whose label is `ignore_index` costs nothing, counts
-    for nothing and gets zero gradient. Where a gradient will be needed and the reduction is "mean"
-    or "sum", it is made along with the loss, of the same logits, and kept for the backward.
+    for nothing and gets zero gradient. On a GPU a gradient that will be needed of a "mean" or "sum"
+    is made along with the loss, of the same logits, and kept for the backward.
 
     Args:
         hidden: (T, D) float32, bfloat16, float16 or float64; receives a gradient. Under autocast,
@@ -59,11 +64,12 @@ def linear_cross_entropy(
     hidden, weight, labels, bias = inputs(
         hidden, weight, labels, bias=bias, ignore_index=ignore_index, reduction=reduction
     )
-    call = (hidden, weight, labels, bias, ignore_index, _dispatch.requested(backend))
+    backend = _dispatch.requested(backend)
+    call = (hidden, weight, labels, bias, ignore_index, backend)
     needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if reduction == "none":
         return torch.ops.moca_fast.linear_cross_entropy(*call)[0]
-    if torch.is_grad_enabled() and any(needs):
+    if torch.is_grad_enabled() and any(needs) and made_with_loss(hidden, backend):
         loss = torch.ops.moca_fast.linear_cross_entropy_with_gradients(*call, needs)[0]
     else:
         loss = torch.ops.moca_fast.linear_cross_entropy(*call)[0].sum()
