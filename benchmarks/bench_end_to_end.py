@@ -187,6 +187,7 @@ def _contrast_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
 
 
 def _encode_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
+    """`chunks`: 1 takes documents as they come, None each alone, more sort them by length."""
     items, model = documents(work.amount, POSITIVES, 0), model.eval()
     budget = 1 if chunks is None else Embedder(model).batch_tokens
     mixed = work.dtype == "bfloat16" and model.vlm.dtype == torch.float32

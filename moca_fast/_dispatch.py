@@ -2,8 +2,9 @@
 
 An op is a folder of `moca_fast/ops`; a backend of it is the module of that name beside `op.py`
 (`moca_triton.<op>` for Triton) with three functions: `unsupported(*inputs) -> reason | None`,
-`forward` and `backward`; those of a loss whose backward would repeat the work of its forward have
-`forward_with_gradients` too. Nothing is registered anywhere: the module path is the registration.
+`forward` and `backward`; but for the CPU's kernels, those of a loss whose backward would repeat the
+work of its forward have `forward_with_gradients` too. Nothing is registered anywhere: the
+module path is the registration.
 
 On a GPU, "auto" takes a kernel only where its tests have passed on that architecture
 (`moca_fast/_verified.py`); a named backend runs regardless.
