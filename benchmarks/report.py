@@ -26,8 +26,10 @@ time divided by ours, in the same run. GFLOP/s count the operations the result n
 backward is 2.5 forwards, by convention), GB/s the bytes that forward and backward must each read
 and write at least. *Limit* is the fraction of the roofline: of the processor's multiply-adds (of
 its bfloat16 dot product for bfloat16; of torch's matrix product on a GPU) or of copied bytes,
-whichever is less. *Extra* is the peak memory of a call beyond its inputs and results. Times on a
-GPU are of its own clock, with a cold cache, and leave out the gaps between launches.
+whichever is less. *Extra* is the peak memory of a call beyond its inputs and results. *System* is
+the share of the processors' time that the operating system took: mostly it clears the pages of
+fresh results, which no kernel can make faster. Times on a GPU are of its own clock, with a cold
+cache, and leave out the gaps between launches.
 """
 BEST = "best"  # of harness.py, which needs the native module
 
@@ -164,8 +166,11 @@ def targets(run: Run) -> str:
                 judged(peer.median / case.median if peer else None, target["speedup"], "x"),
                 judged(memory, target["memory"], "%", at_most=True),
                 judged(case.info["fraction_of_limit"], target["limit"], "%"),
+                amount(case.info["system_share"], "%"),
+                amount(peer.info["system_share"] if peer else None, "%"),
             ])  # fmt: skip
     heads = ["work", "", "peer", "times as fast", "extra memory of the array avoided", "limit"]
+    heads += ["system", "peer's system"]
     return "### Targets\n\n" + table(heads, rows) if rows else ""
 
 

@@ -75,6 +75,7 @@ def case(runner: str, median: float, **info) -> dict:
         "gflops": 2 / median, "gbytes": 1 / median, "tokens_per_second": None,
         "limit_multiply_add": 500.0, "limit_dot_product": None, "limit_peak": 500.0,
         "limit_gemm": 200.0, "limit_copy": 20.0, "fraction_of_limit": 0.05 / median,
+        "system_share": 0.25,
     }  # fmt: skip
     shared.update(info)
     return {

@@ -73,6 +73,17 @@ def test_exact_random_shapes(tokens, sizes, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "sizes"), [((121, 119), (7, 1, 1)), ((31, 33), (14, 2, 2))])
+@pytest.mark.kernel
+def test_results_of_megabytes(tokens, sizes, dtype):
+    """They are written past the caches, whole lines at a time; a patch of 7 x 7 ends inside one."""
+    image = noise(tokens, *sizes[:2])
+    got = patchify(image, **named(sizes), dtype=dtype, backend="cpu")
+    assert got.nbytes > 4 << 20
+    assert torch.equal(got, patchify(image, **named(sizes), dtype=dtype, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree_to_the_bit(dtype):
     image = torch.arange(256 * 3, dtype=torch.int32).to(torch.uint8).reshape(16, 16, 3)
     options = {"patch_size": 4, "dtype": dtype}
