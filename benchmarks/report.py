@@ -166,8 +166,8 @@ def targets(run: Run) -> str:
                 judged(peer.median / case.median if peer else None, target["speedup"], "x"),
                 judged(memory, target["memory"], "%", at_most=True),
                 judged(case.info["fraction_of_limit"], target["limit"], "%"),
-                amount(case.info["system_share"], "%"),
-                amount(peer.info["system_share"] if peer else None, "%"),
+                amount(case.info.get("system_share"), "%"),
+                amount(peer.info.get("system_share") if peer else None, "%"),
             ])  # fmt: skip
     heads = ["work", "", "peer", "times as fast", "extra memory of the array avoided", "limit"]
     heads += ["system", "peer's system"]

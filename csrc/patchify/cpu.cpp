@@ -80,7 +80,8 @@ void patchify_forward(const PatchifyParams& p) {
     const bool streamed = patches * size * static_cast<int64_t>(sizeof(T)) >= kStreamed;
     const int64_t tasks = (patches + kPatchesPerTask - 1) / kPatchesPerTask;
     parallel_for(tasks, p.threads, [&](int64_t task, int) {
-      const int64_t begin = task * kPatchesPerTask, end = std::min(patches, begin + kPatchesPerTask);
+      const int64_t begin = task * kPatchesPerTask,
+                    end = std::min(patches, begin + kPatchesPerTask);
       if (streamed) return stream_patches(p, table, begin, end, size);
       for (int64_t n = begin; n < end; ++n)
         write_patch(p, table, first_pixel(p, n), static_cast<T*>(p.patches) + n * size);
