@@ -1,7 +1,8 @@
 """`python -m benchmarks.report [FILE.json ...]`: saved runs to docs/performance.md and its plots.
 
 Every number comes from a file of `pytest benchmarks/ --benchmark-json=FILE`; without arguments,
-from all in benchmarks/results/. A file is a section.
+from all in benchmarks/results/. A file is a section; what is to be said about its targets stands in
+a file of the same name that ends in .md.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ OUTPUT = ROOT / "docs" / "performance.md"
 SYSTEM = ("cpt", "contrast", "encode")  # titles of the end-to-end works begin with one of these
 PREAMBLE = """# Performance
 
-Made by `python -m benchmarks.report` from runs of `pytest benchmarks/`; no number is written by
-hand. Each case was checked against float64 before it was timed. Times are medians; *x* is a peer's
+Made by `python -m benchmarks.report` from runs of `pytest benchmarks/`; no number in a table is
+written by hand. Each case was checked against float64 before it was timed. Times are medians; *x* is a peer's
 time divided by ours, in the same run. GFLOP/s count the operations the result needs (an attention
 backward is 2.5 forwards, by convention), GB/s the bytes that forward and backward must each read
 and write at least. *Limit* is the fraction of the roofline: of the processor's multiply-adds (of
@@ -58,13 +59,14 @@ class Run:
     Args:
         name: of the file; plots are named after it.
         saved: what pytest-benchmark wrote.
+        notes: Markdown about the targets.
 
     Raises:
         ValueError: a file of something else than these benchmarks.
     """
 
-    def __init__(self, name: str, saved: dict[str, Any]) -> None:
-        self.name = name
+    def __init__(self, name: str, saved: dict[str, Any], notes: str = "") -> None:
+        self.name, self.notes = name, notes.strip()
         self.machine, self.commit = saved["machine_info"], saved["commit_info"]
         self.date = saved["datetime"][:10]
         self.stages = saved.get("stages", {})  # of benchmarks.gpu
@@ -101,12 +103,14 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    return Run(path.stem, json.loads(path.read_text(encoding="utf-8")))
+    notes = path.with_suffix(".md")
+    said = notes.read_text(encoding="utf-8") if notes.exists() else ""
+    return Run(path.stem, json.loads(path.read_text(encoding="utf-8")), said)
 
 
 def section(run: Run, plots: Sequence[str]) -> str:
     """Everything about one run, in Markdown. `plots`: paths from the document."""
-    parts = [f"## {machine_name(run)}", provenance(run), limits(run), targets(run)]
+    parts = [f"## {machine_name(run)}", provenance(run), limits(run), targets(run), run.notes]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     ops = dict.fromkeys(case.op for case in run.ours() if case.op not in SYSTEM)
     parts += [op_table(run, op) for op in ops]

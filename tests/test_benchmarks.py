@@ -147,10 +147,12 @@ def test_report_of_saved_files(tmp_path):
     pytest.importorskip("matplotlib")
     saved = tmp_path / "here.json"
     saved.write_text(json.dumps(SAVED))
+    saved.with_suffix(".md").write_text("Why 15 % is missed.\n")
     output = tmp_path / "docs" / "performance.md"
     output.parent.mkdir()
     main([str(saved), f"--output={output}"])
     text = output.read_text()
+    assert "\n\nWhy 15 % is missed.\n\n" in text
     for name in ("roofline", "scaling"):
         svg = output.parent / "performance" / f"here-{name}.svg"
         assert f"(performance/{svg.name})" in text

@@ -66,7 +66,7 @@ BATCH = 128
 # Glosses are short and cheap, so their batches are larger.
 TASK_BATCHES = {"gloss": 2 * BATCH}
 # Share of the steps.
-TASK_WEIGHTS = {"title-section": 0.2, "caption-figure": 0.35, "emoji": 0.22, "gloss": 0.23}
+TASK_WEIGHTS = {"title-section": 0.12, "caption-figure": 0.3, "emoji": 0.33, "gloss": 0.25}
 # Captions are few, and learned by heart: every other word is left out.
 TOKEN_DROPOUT, TASK_TOKEN_DROPOUT = 0.2, {"caption-figure": 0.5}
 # One gloss in so many is a document of stage 1: there are 70 times as many as sections.
