@@ -22,15 +22,15 @@ SYSTEM = ("cpt", "contrast", "encode")  # titles of the end-to-end works begin w
 PREAMBLE = """# Performance
 
 Made by `python -m benchmarks.report` from runs of `pytest benchmarks/`; no number in a table is
-written by hand. Each case was checked against float64 before it was timed. Times are medians; *x* is a peer's
-time divided by ours, in the same run. GFLOP/s count the operations the result needs (an attention
-backward is 2.5 forwards, by convention), GB/s the bytes that forward and backward must each read
-and write at least. *Limit* is the fraction of the roofline: of the processor's multiply-adds (of
-its bfloat16 dot product for bfloat16; of torch's matrix product on a GPU) or of copied bytes,
-whichever is less. *Extra* is the peak memory of a call beyond its inputs and results. *System* is
-the share of the processors' time that the operating system took: mostly it clears the pages of
-fresh results, which no kernel can make faster. Times on a GPU are of its own clock, with a cold
-cache, and leave out the gaps between launches.
+written by hand. Each case was checked against float64 before it was timed. Times are medians; *x*
+is a peer's time divided by ours, in the same run. GFLOP/s count the operations the result needs (an
+attention backward is 2.5 forwards, by convention), GB/s the bytes that forward and backward must
+each read and write at least. *Limit* is the fraction of the roofline: of the processor's
+multiply-adds (of its bfloat16 dot product for bfloat16; of torch's matrix product on a GPU) or of
+copied bytes, whichever is less. *Extra* is the peak memory of a call beyond its inputs and results.
+*System* is the share of the processors' time that the operating system took: mostly it clears the
+pages of fresh results, which no kernel can make faster. Times on a GPU are of its own clock, with a
+cold cache, and leave out the gaps between launches.
 """
 BEST = "best"  # of harness.py, which needs the native module
 
