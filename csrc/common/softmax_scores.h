@@ -25,9 +25,8 @@ constexpr int64_t kBlock = 48;       // rows (or columns) of one task
 constexpr int64_t kDimBlock = 1024;  // dims of one task of the gradient of w
 
 // Columns whose panels are packed together; sums are cut at the same places whatever the region.
-// Of pairs more, as their working memory is the smaller part of what there must be.
 template <typename T>
-constexpr int64_t kChunk = (kPerWord<WordOf<T>> == 2 ? 4 : 1) * kDepth;
+constexpr int64_t kChunk = 2 * kDepth * kPerWord<WordOf<T>>;
 template <typename T>
 constexpr int64_t kPitch = kChunk<T> + kLanes;  // from row to row of a tile: no power of two
 
