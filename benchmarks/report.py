@@ -2,7 +2,7 @@
 
 Every number comes from a file of `pytest benchmarks/ --benchmark-json=FILE`; without arguments,
 from all in benchmarks/results/. A file is a section; what is to be said about its targets stands in
-a file of the same name that ends in .md.
+a file beside it whose name ends in -notes.md.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Run:
 
 
 def read(path: Path) -> Run:
-    notes = path.with_suffix(".md")
+    notes = path.with_name(f"{path.stem}-notes.md")
     said = notes.read_text(encoding="utf-8") if notes.exists() else ""
     return Run(path.stem, json.loads(path.read_text(encoding="utf-8")), said)
 

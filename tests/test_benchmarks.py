@@ -147,7 +147,7 @@ def test_report_of_saved_files(tmp_path):
     pytest.importorskip("matplotlib")
     saved = tmp_path / "here.json"
     saved.write_text(json.dumps(SAVED))
-    saved.with_suffix(".md").write_text("Why 15 % is missed.\n")
+    (tmp_path / "here-notes.md").write_text("Why 15 % is missed.\n")
     output = tmp_path / "docs" / "performance.md"
     output.parent.mkdir()
     main([str(saved), f"--output={output}"])

@@ -11,7 +11,7 @@
 namespace moca::MOCA_ISA {
 
 constexpr int64_t kLine = 64;                    // bytes
-constexpr int64_t kStreamed = int64_t{4} << 20;  // bytes of a result from which on this pays
+constexpr int64_t kStreamed = int64_t{4} << 20;  // bytes: more than a core's own caches hold
 
 // Copies what is in the cache to where it need not be: a store that fills a whole line does not
 // read it first. Only lines that `to` starts are streamed; the rest is copied as ever. Visible to
