@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import moca_fast
 from benchmarks.clock import ahead_of_gpu, release
 from benchmarks.limits import Limits, measure_limits, wait
 from moca_fast import _C
@@ -277,6 +278,7 @@ def extra_memory(run: Callable[[], Sequence[Tensor]], device: str) -> tuple[int,
         results = run()
         added = torch.cuda.max_memory_allocated() - before
     else:
+        moca_fast.empty_cache()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
         before = _resident("VmRSS")

@@ -5,6 +5,7 @@ N patches, P values a patch, V vocabulary, M gathered documents (or masked patch
 """
 
 from moca_fast._dispatch import backends, explain, use_backend
+from moca_fast._memory import empty_cache
 from moca_fast.flash_attn import flash_attn_varlen_func
 from moca_fast.ops.attention.op import attention
 from moca_fast.ops.info_nce.op import info_nce
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "attention",
     "backends",
+    "empty_cache",
     "explain",
     "flash_attn_varlen_func",
     "info_nce",

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "attention/cpu_backward.h"
-#include "common/pages.h"
 #include "common/parallel.h"
 
 namespace moca::MOCA_ISA {
@@ -108,7 +107,6 @@ void attention_forward(const AttentionParams& p) {
   visit(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Pass = Forward<T>;
-    prefer_huge_pages(p.out, p.queries.size * p.heads * p.dim * sizeof(T));
     const Pass forward(p);
     const int64_t group = p.heads / p.kv_heads, step = std::min(group, kHeads);
     struct Task {
@@ -134,9 +132,6 @@ void attention_backward(const AttentionParams& p) {
   visit(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Pass = Backward<T>;
-    prefer_huge_pages(p.d_q, p.queries.size * p.heads * p.dim * sizeof(T));
-    for (void* gradient : {p.d_k, p.d_v})
-      prefer_huge_pages(gradient, p.keys.size * p.kv_heads * p.dim * sizeof(T));
     const Pass backward(p);
     const int64_t floats = backward.group * backward.width;  // of d_q, for a query
     const std::vector<BackwardTask> tasks = split_backward(p, floats);

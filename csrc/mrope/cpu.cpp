@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "mrope/mrope.h"
@@ -103,8 +102,6 @@ void mrope_rotate(const MropeParams& p) {
   const std::vector<int32_t> rows = rows_of_pairs(p);
   visit(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    prefer_huge_pages(p.q_out, p.tokens * p.heads * p.dim * sizeof(T));
-    prefer_huge_pages(p.k_out, p.tokens * p.kv_heads * p.dim * sizeof(T));
     parallel_for(ceil_div(p.tokens, kTokens), p.threads, [&](int64_t task, int) {
       turn_tokens<T>(p, rows.data(), task * kTokens, std::min(p.tokens, (task + 1) * kTokens));
     });

@@ -8,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "pool/pool.h"
@@ -129,7 +128,6 @@ void pool_backward(const PoolParams& p) {
   check_boundaries(p);
   visit(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    prefer_huge_pages(p.d_hidden, p.tokens * p.dim * sizeof(T));
     parallel_for(ceil_div(p.tokens, kTokens), p.threads, [&](int64_t task, int) {
       backward_tokens<T>(p, task * kTokens, std::min(p.tokens, (task + 1) * kTokens));
     });

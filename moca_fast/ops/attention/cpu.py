@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
+from moca_fast._memory import empty_like
 from moca_fast._native import DTYPES, unsupported_tensors
 
 
@@ -15,7 +16,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _rows(q), _rows(k), _rows(v)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
     lse_rest = torch.empty_like(lse)
     _C.attention_forward(_params(q, k, v, out, lse, lse_rest, mask, softmax_scale))
@@ -37,7 +38,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # No sum here depends on the order in which threads finish, so `deterministic` changes nothing.
     q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    d_q, d_k, d_v = (empty_like(x) for x in (q, k, v))
     d_lse = d_lse.to(torch.float32).contiguous()
     delta = torch.empty(lse.shape, dtype=torch.float32)  # working memory
     _C.attention_backward(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
+from moca_fast._memory import empty_like
 from moca_fast._native import DTYPES, address, contiguous, unsupported_tensors
 from moca_fast.ops.info_nce.op import Inputs
 
@@ -28,7 +29,7 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
     d_loss = d_loss.contiguous()
     wanted = (inputs.query, inputs.document, inputs.hard_negatives, inputs.temperature)
     grads = tuple(
-        torch.empty_like(tensor) if need and tensor is not None else inputs.query.new_empty(0)
+        empty_like(tensor) if need and tensor is not None else inputs.query.new_empty(0)
         for tensor, need in zip(wanted, needs, strict=True)
     )
     addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]

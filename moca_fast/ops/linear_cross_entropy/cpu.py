@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
+from moca_fast._memory import empty_like
 from moca_fast._native import DTYPES, address, contiguous, unsupported_tensors
 
 
@@ -38,7 +39,7 @@ def backward(
     grads = (
         # Rows that do not count are left out by the kernel.
         hidden.new_zeros(hidden.shape if needs[0] else 0),
-        hidden.new_empty(weight.shape if needs[1] else 0),
+        empty_like(weight) if needs[1] else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0] if needs[2] else 0),
     )
     addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
+from moca_fast._memory import empty_like
 from moca_fast._native import DTYPES, unsupported_tensors
 
 
@@ -25,7 +26,7 @@ def backward(
     d_loss: Tensor, pred: Tensor, patches: Tensor, index: Tensor, normalize: bool
 ) -> Tensor:
     pred, patches, index = pred.contiguous(), patches.contiguous(), index.contiguous()
-    d_pred = torch.empty_like(pred)
+    d_pred = empty_like(pred)
     d_loss = d_loss.to(torch.float32)
     params = kernel_params(pred, patches, index, normalize)
     _C.masked_patch_mse_backward(params, d_loss.data_ptr(), d_pred.data_ptr())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
+from moca_fast._memory import empty_like
 from moca_fast._native import DTYPES, unsupported_tensors
 
 
@@ -41,7 +42,7 @@ def rotate(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """q and k turned, or with `inverse` turned back, by a kernel of `_C`."""
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    q_out, k_out = (empty_like(x) for x in (q, k))
     q, k = _heads_together(q), _heads_together(k)
     cos, sin = cos.contiguous(), sin.contiguous()
     time, height, width = section or (0, 0, 0)

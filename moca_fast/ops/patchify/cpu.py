@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
+from moca_fast._memory import empty
 from moca_fast._native import DTYPES, unsupported_tensors
 
 
@@ -24,7 +25,7 @@ def forward(
 ) -> Tensor:
     height, width = image.shape[:2]
     size = 3 * temporal_patch_size * patch_size**2
-    patches = torch.empty(((height // patch_size) * (width // patch_size), size), dtype=dtype)
+    patches = empty(((height // patch_size) * (width // patch_size), size), dtype)
     params = _C.PatchifyParams(
         image=image.data_ptr(),
         patches=patches.data_ptr(),

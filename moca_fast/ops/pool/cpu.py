@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
+from moca_fast._memory import empty, empty_like
 from moca_fast._native import DTYPES, unsupported_tensors
 
 
@@ -16,7 +17,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     hidden, cu_seqlens = hidden.contiguous(), cu_seqlens.contiguous()
     documents = cu_seqlens.shape[0] - 1
-    pooled = torch.empty((documents, hidden.shape[1]), dtype=torch.float32)
+    pooled = empty((documents, hidden.shape[1]), torch.float32)
     norm = torch.empty(documents, dtype=torch.float32)
     _C.pool_forward(kernel_params(hidden, cu_seqlens, pooled, norm, mean, normalize))
     return pooled, norm
@@ -33,7 +34,7 @@ def backward(
 ) -> Tensor:
     hidden, cu_seqlens = hidden.contiguous(), cu_seqlens.contiguous()
     d_pooled = d_pooled.contiguous()
-    d_hidden = torch.empty_like(hidden)
+    d_hidden = empty_like(hidden)
     params = kernel_params(hidden, cu_seqlens, pooled, norm, mean, normalize)
     _C.pool_backward(params, d_pooled.data_ptr(), d_hidden.data_ptr())
     return d_hidden
