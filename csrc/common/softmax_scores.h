@@ -16,7 +16,6 @@
 
 #include "common/exp.h"
 #include "common/gemm.h"
-#include "common/pages.h"
 #include "common/parallel.h"
 
 namespace moca::MOCA_ISA {
@@ -24,7 +23,7 @@ namespace moca::MOCA_ISA {
 constexpr int64_t kBlock = 48;       // rows (or columns) of one task
 constexpr int64_t kDimBlock = 1024;  // dims of one task of the gradient of w
 
-// Columns whose panels are packed together; sums are cut at the same places whatever the region.
+// Most columns whose panels are packed together.
 template <typename T>
 constexpr int64_t kChunk = 2 * kDepth * kPerWord<WordOf<T>>;
 template <typename T>
@@ -46,6 +45,15 @@ struct Scores {
   int threads;
   int64_t source(int64_t i) const { return index ? index[i] : i; }
 };
+
+// Columns whose panels are packed together: half of the most where the panels would be large, also
+// beside the array of scores. Sums are cut at the same places whatever the region.
+template <typename T>
+int64_t chunk_width(const Scores<T>& s) {
+  constexpr int64_t kSmall = int64_t{4} << 20;  // bytes
+  const int64_t panels = 3 * kChunk<T> * s.dim * sizeof(T), scores = s.rows * s.cols * sizeof(T);
+  return panels <= std::max(kSmall, scores / 32) ? kChunk<T> : kChunk<T> / 2;
+}
 
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
@@ -110,11 +118,12 @@ template <typename T>
 void softmax_forward(const Scores<T>& s, std::vector<RowStats>& stats) {
   const int64_t blocks = ceil_div(s.rows, kBlock), depth = words<WordOf<T>>(s.dim);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(s.threads, 1), blocks));
-  const Panels<T> w_panels(round_up(std::min(kChunk<T>, s.cols), kTileCols) * depth);
+  const int64_t width = std::min(chunk_width(s), s.cols);
+  const Panels<T> w_panels(round_up(width, kTileCols) * depth);
   const Panels<T> x_panels(threads * kBlock * depth);
   const Buffer tiles(threads * kBlock * kPitch<T>);
-  for (int64_t chunk = 0; chunk < s.cols && s.rows > 0; chunk += kChunk<T>) {
-    const int64_t cols = std::min(kChunk<T>, s.cols - chunk);
+  for (int64_t chunk = 0; chunk < s.cols && s.rows > 0; chunk += width) {
+    const int64_t cols = std::min(width, s.cols - chunk);
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
       const int64_t j = panel * kTileCols;
       pack_rows<kTileCols>(Rows<T>{s.w, s.dim}, chunk + j, std::min<int64_t>(kTileCols, cols - j),
@@ -204,10 +213,10 @@ class SoftmaxBackward {
   SoftmaxBackward(const Scores<T>& scores, const ScoreGradients<T>& gradients)
       : s(scores),
         g(gradients),
-        width(std::min(kChunk<T>, s.cols)),
-        region(std::min(s.rows, kChunk<T> * ceil_div(s.threads, kChunk<T> / kBlock))),
+        width(std::min(chunk_width(s), s.cols)),
+        region(std::min(s.rows, chunk_width(s) * ceil_div(s.threads, chunk_width(s) / kBlock))),
         scratch_size(kBlock *
-                     std::max(words<Word>(s.dim), words<Word>(std::max(kChunk<T>, region)))),
+                     std::max({words<Word>(s.dim), words<Word>(width), words<Word>(region)})),
         w_rows(round_up(width, kTileCols) * words<Word>(s.dim)),
         w_columns(g.d_x ? words<Word>(width) * round_up(s.dim, kTileCols) : 0),
         x_columns(g.d_w ? words<Word>(region) * round_up(s.dim, kTileCols) : 0),
@@ -218,10 +227,8 @@ class SoftmaxBackward {
         d_bias(g.d_bias ? width : 0) {}
 
   void run() {
-    prefer_huge_pages(g.d_x, s.rows * s.dim * sizeof(float));
-    prefer_huge_pages(g.d_w, s.cols * s.dim * sizeof(T));
-    for (chunk = 0; chunk < s.cols; chunk += kChunk<T>) {
-      cols = std::min(kChunk<T>, s.cols - chunk);
+    for (chunk = 0; chunk < s.cols; chunk += width) {
+      cols = std::min(width, s.cols - chunk);
       pack_w();
       for (first = 0; first < s.rows; first += region) {
         rows = std::min(region, s.rows - first);

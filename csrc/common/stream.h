@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <numeric>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -37,5 +39,39 @@ inline void finish_streaming() {
   _mm_sfence();
 #endif
 }
+
+// Rows [begin, end) of a result, written one after the other by one thread: streamed if the result
+// is large, so many at a time as fill whole lines.
+template <typename T>
+class ResultRows {
+ public:
+  ResultRows(void* result, int64_t rows, int64_t row_size, int64_t begin, int64_t end)
+      : result_(static_cast<T*>(result)), row_size_(row_size), first_(begin), end_(end) {
+    const int64_t bytes = row_size * static_cast<int64_t>(sizeof(T));
+    if (!result || rows * bytes < kStreamed) return;
+    group_ = kLine / std::gcd(kLine, bytes);
+    staged_.reset(new T[group_ * row_size]);  // unlike make_unique, does not clear it
+  }
+
+  // Where row n is to be written; null if there is no result.
+  T* begin_row(int64_t n) {
+    if (!group_) return result_ ? result_ + n * row_size_ : nullptr;
+    return staged_.get() + (n - first_) * row_size_;
+  }
+
+  void end_row(int64_t n) {
+    const int64_t rows = n + 1 - first_;
+    if (!group_ || (rows < group_ && n + 1 < end_)) return;
+    stream_bytes(result_ + first_ * row_size_, staged_.get(), rows * row_size_ * sizeof(T));
+    first_ = n + 1;
+    if (first_ == end_) finish_streaming();
+  }
+
+ private:
+  T* result_;
+  int64_t row_size_, first_, end_;
+  int64_t group_ = 0;  // rows that are staged together; 0 if results are not streamed
+  std::unique_ptr<T[]> staged_;
+};
 
 }  // namespace moca::MOCA_ISA

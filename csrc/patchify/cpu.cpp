@@ -2,10 +2,9 @@
 // pixel is read once and every value written once, in the order of the patches.
 #include <algorithm>
 #include <array>
-#include <numeric>
-#include <vector>
 
 #include "common/parallel.h"
+#include "common/simd.h"
 #include "common/stream.h"
 #include "patchify/patchify.h"
 
@@ -54,21 +53,6 @@ void write_patch(const PatchifyParams& p, const Table<T>& table, const uint8_t* 
   }
 }
 
-// Patches [begin, end) of a result that is streamed: so many at a time as fill whole lines.
-template <typename T>
-void stream_patches(const PatchifyParams& p, const Table<T>& table, int64_t begin, int64_t end,
-                    int64_t size) {
-  const int64_t group = kLine / std::gcd(kLine, size * static_cast<int64_t>(sizeof(T)));
-  std::vector<T> staged(group * size);
-  for (int64_t n = begin; n < end; n += group) {
-    const int64_t count = std::min(group, end - n);
-    for (int64_t i = 0; i < count; ++i)
-      write_patch(p, table, first_pixel(p, n + i), staged.data() + i * size);
-    stream_bytes(static_cast<T*>(p.patches) + n * size, staged.data(), count * size * sizeof(T));
-  }
-  finish_streaming();
-}
-
 }  // namespace
 
 void patchify_forward(const PatchifyParams& p) {
@@ -77,14 +61,14 @@ void patchify_forward(const PatchifyParams& p) {
     const Table<T> table = normalized_bytes<T>(p);
     const int64_t patches = (p.height / p.patch) * (p.width / p.patch);
     const int64_t size = 3 * p.frames * p.patch * p.patch;
-    const bool streamed = patches * size * static_cast<int64_t>(sizeof(T)) >= kStreamed;
-    const int64_t tasks = (patches + kPatchesPerTask - 1) / kPatchesPerTask;
-    parallel_for(tasks, p.threads, [&](int64_t task, int) {
+    parallel_for(ceil_div(patches, kPatchesPerTask), p.threads, [&](int64_t task, int) {
       const int64_t begin = task * kPatchesPerTask,
                     end = std::min(patches, begin + kPatchesPerTask);
-      if (streamed) return stream_patches(p, table, begin, end, size);
-      for (int64_t n = begin; n < end; ++n)
-        write_patch(p, table, first_pixel(p, n), static_cast<T*>(p.patches) + n * size);
+      ResultRows<T> rows(p.patches, patches, size, begin, end);
+      for (int64_t n = begin; n < end; ++n) {
+        write_patch(p, table, first_pixel(p, n), rows.begin_row(n));
+        rows.end_row(n);
+      }
     });
   });
 }
