@@ -2,6 +2,7 @@
 // instruction set. `Lanes` is as wide as the set's registers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -73,11 +74,26 @@ inline Lanes load(const float16* from) {
   return x;
 }
 
+// Copies the first `count` elements of `from`, fewer than kLanes, and zeros after them.
+template <typename T>
+void copy_padded(T (&to)[kLanes], const T* from, int64_t count) {
+#ifdef __AVX512VL__
+  const auto some = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 2)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(some, from));
+  else
+    _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(some, from));
+#else
+  std::fill(to, to + kLanes, T{});
+  std::memcpy(to, from, count * sizeof(T));
+#endif
+}
+
 // The first `count` elements (fewer than kLanes), then zeros.
 template <typename T>
 Lanes load_some(const T* from, int64_t count) {
-  T padded[kLanes] = {};
-  std::memcpy(padded, from, count * sizeof(T));
+  T padded[kLanes];
+  copy_padded(padded, from, count);
   return load(padded);
 }
 
@@ -113,7 +129,15 @@ template <typename T>
 void store_some(T* to, Lanes x, int64_t count) {
   T padded[kLanes];
   store(padded, x);
+#ifdef __AVX512VL__
+  const auto some = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 2)
+    _mm256_mask_storeu_epi16(to, some, _mm256_loadu_si256(reinterpret_cast<__m256i*>(padded)));
+  else
+    _mm512_mask_storeu_ps(to, some, _mm512_loadu_ps(padded));
+#else
   std::memcpy(to, padded, count * sizeof(T));
+#endif
 }
 
 namespace detail {
