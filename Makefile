@@ -32,13 +32,17 @@ export MOCA_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),,0)
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
 NAME ?= latest
 
+# glibc keeps what training steps free, in huge pages: on 2 cores they are an eighth faster.
+MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8589934592:$\
+glibc.malloc.mmap_threshold=33554432
+
 .PHONY: quickstart compare test bench bench-smoke gpu sanitize cuda lint clean
 
 quickstart: $(VENV)/.quickstart
-	$(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
+	$(MALLOC) $(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
 
 compare: $(VENV)/.quickstart
-	$(BIN)/moca quickstart output=runs/compare compare=true $(if $(DOCS),docs=$(DOCS)) $(ARGS)
+	$(MALLOC) $(BIN)/moca quickstart output=runs/compare compare=true $(if $(DOCS),docs=$(DOCS)) $(ARGS)
 
 test: $(VENV)/.test $(TORCHVISION)
 	$(BIN)/python -m pytest $(ARGS)
