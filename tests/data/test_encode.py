@@ -140,3 +140,15 @@ def test_a_tokenizer_without_vision_tokens_is_refused(settings):
         Encoder(bare, settings)
     with pytest.raises(ValueError, match="max_length"):
         Encoder(bare, settings, 0)
+
+
+@pytest.mark.parametrize("known", [0, 3, 1 << 22])
+def test_texts_whose_tokens_are_remembered_encode_alike(tokenizer, settings, monkeypatch, known):
+    monkeypatch.setattr("moca.data.encode.KNOWN_TOKENS", known)
+    encoder = Encoder(tokenizer, settings)
+    texts = [Document(text) for text in ("red apple", "A red apple, a green pear.", "red apple")]
+    first = [encoder(text).input_ids for text in texts]
+    again = [encoder(text).input_ids for text in texts]
+    for ids, same in zip(first, again, strict=True):
+        assert np.array_equal(ids, same) and ids.flags.writeable
+    assert np.array_equal(first[0], first[2])

@@ -78,7 +78,7 @@ def drop_tokens(
     if probability == 0:
         return encoded
     ids = encoded.input_ids
-    keep = (rng.random(len(ids)) >= probability) | np.isin(ids, kept_ids)
+    keep = (rng.random(len(ids)) >= probability) | (ids[:, None] == kept_ids).any(axis=1)
     return replace(encoded, input_ids=ids[keep]) if keep.any() else encoded
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from moca.data.images import ImageSettings, decode, patchify, resize, target_size
 from moca.data.records import Document, ImageLike
 
+KNOWN_TOKENS = 1 << 22  # of texts whose tokens are remembered: some tens of megabytes
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
 
@@ -64,6 +65,8 @@ class Encoder:
         self.max_length = max_length
         self.merge_size = image_settings.merge_size
         self.counts: Counter[str] = Counter()
+        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._room = KNOWN_TOKENS
         self.vision_start_id = self._special(VISION_START)
         self.image_token_id = self._special(IMAGE_PAD)
         self.vision_end_id = self._special(VISION_END)
@@ -146,8 +149,7 @@ class Encoder:
         where = document.name or "document"
         if document.empty:
             raise ValueError(f"{where}: the document is empty")
-        encoding = self.tokenizer(document.text, add_special_tokens=False)
-        ids = np.asarray(encoding["input_ids"], np.int64)
+        ids, starts = self._known.get(document.text) or self._tokens(document.text)
         pads = np.flatnonzero(ids == self.image_token_id)
         whole = len(pads) == len(document.images) and all(
             0 < pad < len(ids) - 1
@@ -160,9 +162,6 @@ class Encoder:
                 f"{where}: the tokenizer does not keep the image marker whole: {len(pads)} "
                 f"{IMAGE_PAD} tokens for {len(document.images)} image(s)"
             )
-        words = np.asarray([-1 if word is None else word for word in encoding.word_ids()])
-        starts = np.ones(len(ids), bool)
-        starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
         begin = 0
         for i, pad in enumerate(pads):
             if pad - 1 > begin:
@@ -171,6 +170,21 @@ class Encoder:
             begin = int(pad) + 2
         if begin < len(ids):
             yield _Text(ids[begin:], starts[begin:])
+
+    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a text, and at which of them a word starts. Training sees a text many times:
+        the first `KNOWN_TOKENS` are remembered.
+        """
+        encoding = self.tokenizer(text, add_special_tokens=False)
+        ids = np.asarray(encoding["input_ids"], np.int64)
+        words = np.asarray([-1 if word is None else word for word in encoding.word_ids()])
+        starts = np.ones(len(ids), bool)
+        starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
+        ids.flags.writeable = starts.flags.writeable = False
+        if len(ids) <= self._room:
+            self._room -= len(ids)
+            self._known[text] = ids, starts
+        return ids, starts
 
     def _open(self, image: ImageLike, name: str) -> _Image:
         opened = decode(image, name)

@@ -81,6 +81,8 @@ def mrope_positions(
         ValueError: runs of image tokens that do not match the grids.
     """
     is_image = np.asarray(input_ids) == image_token_id
+    if not len(grids) and not is_image.any():
+        return np.tile(np.arange(len(is_image)), (3, 1))
     edges = np.flatnonzero(np.diff(is_image, prepend=False, append=False))
     starts, ends = edges[::2], edges[1::2]
     sizes = np.asarray(grids, np.int64).reshape(-1, 3) // (1, merge_size, merge_size)
