@@ -92,13 +92,13 @@ class ImageTower(nn.Module):
             before = channels
         self.layers = nn.Sequential(*layers)
         self.out = nn.Linear(before, settings.dim)
-        self.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, D) of length 1."""
         # Most pixels are white: let that be 0.
-        pixels = 1 - images.to(torch.float32, memory_format=torch.channels_last) / 255
-        features = self.layers(pixels)
+        pixels = 1 - images.float() / 255
+        # The layout that convolutions are fastest in.
+        features = self.layers(pixels.contiguous(memory_format=torch.channels_last))
         return F.normalize(self.out(features.mean(dim=(2, 3))), dim=-1)
 
 
