@@ -29,7 +29,7 @@ each read and write at least. *Limit* is the fraction of the roofline: of the pr
 multiply-adds (of its bfloat16 dot product for bfloat16; of torch's matrix product on a GPU) or of
 copied bytes, whichever is less. *Extra* is the peak memory of a call beyond its inputs and results.
 *System* is the share of the processors' time that the operating system took: mostly it clears the
-pages of fresh results, which no kernel can make faster. Times on a GPU are of its own clock, with a
+pages of fresh results, which is no work of the kernel. Times on a GPU are of its own clock, with a
 cold cache, and leave out the gaps between launches.
 """
 BEST = "best"  # of harness.py, which needs the native module

@@ -46,8 +46,9 @@ struct Scores {
   int64_t source(int64_t i) const { return index ? index[i] : i; }
 };
 
-// Columns whose panels are packed together: half of the most where the panels would be large, also
-// beside the array of scores. Sums are cut at the same places whatever the region.
+// Columns whose panels are packed together: half of the most where three panels, of which w has
+// two, would pass 4 MiB and a 32nd of the array of scores. Sums are cut at the same places whatever
+// the region.
 template <typename T>
 int64_t chunk_width(const Scores<T>& s) {
   constexpr int64_t kSmall = int64_t{4} << 20;  // bytes

@@ -57,8 +57,8 @@ def test_memory_is_kept_only_when_the_last_view_is_gone():
 
 
 def test_a_much_larger_block_is_left_for_larger_results():
-    del_me = empty((8 * LARGE,), torch.float32)
-    del del_me
+    large = empty((8 * LARGE,), torch.float32)
+    del large
     before = kept()
     small = empty((LARGE,), torch.float32)
     assert kept() == before and small.numel() == LARGE

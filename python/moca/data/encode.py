@@ -15,7 +15,7 @@ import numpy as np
 from moca.data.images import ImageSettings, decode, patchify, resize, target_size
 from moca.data.records import Document, ImageLike
 
-KNOWN_TOKENS = 1 << 22  # of texts whose tokens are remembered: some tens of megabytes
+KNOWN_TOKENS = 1 << 22  # of texts whose tokens are remembered: 40 MB, and 0.5 KB a text
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
 
