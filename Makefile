@@ -32,18 +32,16 @@ export MOCA_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),,0)
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,rounds
 NAME ?= latest
 
-# glibc keeps what training steps free, in huge pages: 60 steps are an eighth faster on 2 cores, and
-# the peak of memory is higher.
-MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8589934592:$\
-glibc.malloc.mmap_threshold=33554432
+# Training on CPUs takes a seventh less time and a third of the memory with tcmalloc.
+PRELOAD_TCMALLOC = LD_PRELOAD="$$($(BIN)/python -m moca.quickstart.allocator)"
 
 .PHONY: quickstart compare test bench bench-smoke gpu sanitize cuda lint clean
 
 quickstart: $(VENV)/.quickstart
-	$(MALLOC) $(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
+	$(PRELOAD_TCMALLOC) $(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
 
 compare: $(VENV)/.quickstart
-	$(MALLOC) $(BIN)/moca quickstart output=runs/compare compare=true $(if $(DOCS),docs=$(DOCS)) $(ARGS)
+	$(PRELOAD_TCMALLOC) $(BIN)/moca quickstart output=runs/compare compare=true $(if $(DOCS),docs=$(DOCS)) $(ARGS)
 
 test: $(VENV)/.test $(TORCHVISION)
 	$(BIN)/python -m pytest $(ARGS)

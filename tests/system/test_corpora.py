@@ -13,7 +13,7 @@ import pytest
 import torch
 from moca.data.images import decode
 from moca.data.records import IMAGE_MARKER, Document, Pair
-from moca.quickstart import emojis, wordnet
+from moca.quickstart import allocator, emojis, fetch, wordnet
 from moca.quickstart.baseline import Baseline, BaselineSettings, gram_ids, load_square, run_baseline
 from moca.quickstart.corpora import load_corpora
 from moca.quickstart.fetch import PACKAGES, FetchError, fetch_debian
@@ -138,6 +138,30 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, tools):
     (tmp_path / "file").touch()
     with pytest.raises(FetchError, match=r"cannot write .*file/cache"):
         fetch_debian(tmp_path / "file" / "cache", lambda text: None)
+
+
+def test_tcmalloc_of_the_system_comes_before_a_package(tmp_path, tools, monkeypatch, capsys):
+    tools()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(allocator, "find_library", lambda name: None)
+    assert allocator.find_tcmalloc() is None  # the stand-ins' packages hold no library
+    assert "libtcmalloc-minimal4 holds no libtcmalloc_minimal.so.4" in capsys.readouterr().err
+    newer = tmp_path / fetch.DEFAULT_CACHE / allocator.PACKAGES[1]
+    library = newer / "usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert allocator.find_tcmalloc() == library
+    assert "fetching" not in capsys.readouterr().err
+    monkeypatch.setattr(allocator, "find_library", lambda name: f"lib{name}.so.4")
+    assert allocator.find_tcmalloc() == "libtcmalloc_minimal.so.4"
+
+
+def test_without_tcmalloc_the_reason_is_told(tmp_path, tools, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(allocator, "find_library", lambda name: None)
+    assert allocator.find_tcmalloc() is None
+    told = capsys.readouterr().err
+    assert "slower without tcmalloc" in told and "apt-get and dpkg cannot be found" in told
 
 
 # what is the same

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DEFAULT_CACHE = Path(".cache") / "quickstart"
@@ -24,9 +24,12 @@ class FetchError(RuntimeError):
 
 
 def fetch_debian(
-    cache_dir: str | os.PathLike = DEFAULT_CACHE, say: Callable[[str], None] = print
+    cache_dir: str | os.PathLike = DEFAULT_CACHE,
+    say: Callable[[str], None] = print,
+    packages: Sequence[str] = PACKAGES,
+    instead: str = OWN_FOLDER,
 ) -> dict[str, Path]:
-    """Make sure every package of the quickstart is unpacked below a folder.
+    """Make sure packages are unpacked below a folder.
 
     A package that is already there is not touched. The others are downloaded with ``apt-get
     download`` and unpacked with ``dpkg -x`` into a temporary folder that is renamed when complete,
@@ -37,6 +40,8 @@ def fetch_debian(
     Args:
         cache_dir: the folder; made when missing.
         say: is told what takes time.
+        packages: their names.
+        instead: what an error says can be done without them.
 
     Returns:
         Root of the unpacked tree (the folder that holds ``usr``) of each package.
@@ -45,15 +50,15 @@ def fetch_debian(
         FetchError: apt-get or dpkg is missing or fails, or the folder cannot be written.
     """
     cache = Path(cache_dir).absolute()
-    roots = {package: cache / package for package in PACKAGES}
+    roots = {package: cache / package for package in packages}
     missing = [package for package, root in roots.items() if not (root / _COMPLETE).is_file()]
     if not missing:
         return roots
     absent = [tool for tool in ("apt-get", "dpkg") if shutil.which(tool) is None]
     if absent:
         raise FetchError(
-            f"the quickstart's data comes from Debian packages, but {' and '.join(absent)} "
-            f"cannot be found on this machine; {OWN_FOLDER}"
+            f"cannot fetch the Debian packages {', '.join(missing)}: "
+            f"{' and '.join(absent)} cannot be found on this machine; {instead}"
         )
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -62,7 +67,9 @@ def fetch_debian(
             for package, archive in archives.items():
                 _unpack(archive, Path(temporary) / package, roots[package])
     except OSError as error:
-        raise FetchError(f"cannot write the data of the quickstart to {cache}: {error}") from error
+        raise FetchError(f"cannot write Debian packages to {cache}: {error}; {instead}") from error
+    except FetchError as error:
+        raise FetchError(f"{error}; {instead}") from error
     return roots
 
 
@@ -83,7 +90,7 @@ def _download(
     lacking = [package for package, archive in archives.items() if archive is None]
     if problem or lacking:
         what = problem or f"apt-get brought no {' and no '.join(lacking)}"
-        raise FetchError(f"cannot fetch the Debian packages: {what}; {OWN_FOLDER}")
+        raise FetchError(f"cannot fetch the Debian packages: {what}")
     return {package: archive for package, archive in archives.items() if archive}
 
 
@@ -98,7 +105,7 @@ def _private_state(folder: Path) -> list[str]:
 def _unpack(archive: Path, temporary: Path, root: Path) -> None:
     problem = _run(["dpkg", "-x", str(archive), str(temporary)], archive.parent)
     if problem:
-        raise FetchError(f"cannot unpack {archive.name}: {problem}; {OWN_FOLDER}")
+        raise FetchError(f"cannot unpack {archive.name}: {problem}")
     (temporary / _COMPLETE).write_text(f"{archive.name}\n")
     if root.exists():
         shutil.rmtree(root)
