@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moca_fast import _memory
+
 
 def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """What a backward gives, unwritten: contiguous tensors, (0,) where no gradient is needed."""
@@ -21,8 +23,8 @@ def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> 
 
 def made_with_loss(tensor: Tensor, backend: str) -> bool:
     """Whether gradients are made along with the loss of `tensor`, by all but the CPU's kernels:
-    those hold so little at a time that they form scores twice in any case, and to scale what was
-    kept would only add a copy.
+    those hold so little at a time that they form scores twice, unless there are few scores, and
+    to scale what was kept would only add a copy.
     """
     return tensor.device.type != "cpu" or backend not in ("auto", "cpu")
 
@@ -38,11 +40,16 @@ def scaled_gradients(ctx: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[T
     """The saved gradients times d_loss (), None where not needed.
 
     As a number d_loss would be rounded to their dtype first on a GPU; as a tensor of one it is not.
+    On a CPU neither is, and the tensor would cost a copy of the gradient in float32.
     """
     if d_loss is None:
         return (None,) * len(needs)
     return tuple(
-        torch.mul(grad, d_loss.expand([1] * grad.dim()), out=torch.empty_like(grad))
+        torch.mul(
+            grad,
+            d_loss if grad.device.type == "cpu" else d_loss.expand([1] * grad.dim()),
+            out=_memory.empty_like(grad),
+        )
         if need
         else None
         for grad, need in zip(ctx.saved_tensors, needs, strict=True)

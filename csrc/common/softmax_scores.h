@@ -2,11 +2,12 @@
 // linear_cross_entropy and info_nce.
 //
 // Forward: for a chunk of columns (packed once) every block of rows makes its tile of scores and
-// folds it into the running peak and sum of its rows. Backward: tiles are made again, turned into
-// gradients of the scores, kept for one chunk x region at a time, and multiplied with w and x.
-// Where the processor multiplies bfloat16, gradients of bfloat16 scores are rounded to it first, as
-// plain torch does; scores, probabilities and all sums are float32.
-// Every output element is summed by one task in a fixed order, whatever the number of threads.
+// folds it into the running peak and sum of its rows. Backward: tiles are made again (or, where
+// they are few, were kept by the forward), turned into gradients of the scores, kept for one chunk
+// x region at a time, and multiplied with w and x. Where the processor multiplies bfloat16,
+// gradients of bfloat16 scores are rounded to it first, as plain torch does; scores, probabilities
+// and all sums are float32. Every output element is summed by one task in a fixed order, whatever
+// the number of threads.
 #pragma once
 
 #include <cmath>
@@ -43,6 +44,8 @@ struct Scores {
   int64_t rows, cols, dim;
   float divisor;
   int threads;
+  float* kept = nullptr;  // (rows, kept_pitch()) the forward's scores for the backward, or null
+  int64_t kept_pitch() const { return round_up(cols, kTileCols) + kLanes; }
   int64_t source(int64_t i) const { return index ? index[i] : i; }
 };
 
@@ -52,8 +55,9 @@ struct Scores {
 template <typename T>
 int64_t chunk_width(const Scores<T>& s) {
   constexpr int64_t kSmall = int64_t{4} << 20;  // bytes
-  const int64_t panels = 3 * kChunk<T> * s.dim * sizeof(T), scores = s.rows * s.cols * sizeof(T);
-  return panels <= std::max(kSmall, scores / 32) ? kChunk<T> : kChunk<T> / 2;
+  const int64_t panel = kChunk<T> * words<WordOf<T>>(s.dim) * sizeof(WordOf<T>);
+  const int64_t scores = s.rows * s.cols * sizeof(T);
+  return 3 * panel <= std::max(kSmall, scores / 32) ? kChunk<T> : kChunk<T> / 2;
 }
 
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
@@ -92,16 +96,31 @@ struct Panels {
   Buffer buffer;
 };
 
+// Scores of some rows and columns, rows `pitch` apart.
+struct Tile {
+  float* data;
+  int64_t pitch;
+  float* operator[](int64_t i) const { return data + i * pitch; }
+};
+
+// The place of the tile at row `first` and column `chunk`: where all scores are kept, or a
+// thread's.
+template <typename T>
+Tile tile_at(const Scores<T>& s, int64_t first, int64_t chunk, const Buffer& tiles, int thread) {
+  if (s.kept) return {s.kept + first * s.kept_pitch() + chunk, s.kept_pitch()};
+  return {tiles.get() + thread * kBlock * kPitch<T>, kPitch<T>};
+}
+
 // The tile of scores of `rows` rows from `first` and `cols` columns from `chunk`; the columns
 // that fill up the last panel are masked.
 template <typename T>
 void score_tile(const Scores<T>& s, int64_t first, int64_t rows, int64_t chunk, int64_t cols,
-                const WordOf<T>* w_panels, WordOf<T>* x_panels, float* tile) {
+                const WordOf<T>* w_panels, WordOf<T>* x_panels, Tile tile) {
   pack_rows<kTileRows>(Rows<T>{s.x, s.dim, s.index}, first, rows, s.dim, x_panels);
-  multiply(rows, cols, s.dim, x_panels, w_panels, tile, kPitch<T>, false);
+  multiply(rows, cols, s.dim, x_panels, w_panels, tile.data, tile.pitch, false);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = s.source(first + i);
-    float* scores = tile + i * kPitch<T>;
+    float* scores = tile[i];
     if (s.bias)
       for (int64_t j = 0; j < cols; ++j) scores[j] += to_float(s.bias[chunk + j]);
     if (s.divisor != 1.0f)
@@ -122,7 +141,7 @@ void softmax_forward(const Scores<T>& s, std::vector<RowStats>& stats) {
   const int64_t width = std::min(chunk_width(s), s.cols);
   const Panels<T> w_panels(round_up(width, kTileCols) * depth);
   const Panels<T> x_panels(threads * kBlock * depth);
-  const Buffer tiles(threads * kBlock * kPitch<T>);
+  const Buffer tiles(s.kept ? 0 : threads * kBlock * kPitch<T>);
   for (int64_t chunk = 0; chunk < s.cols && s.rows > 0; chunk += width) {
     const int64_t cols = std::min(width, s.cols - chunk);
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
@@ -132,13 +151,13 @@ void softmax_forward(const Scores<T>& s, std::vector<RowStats>& stats) {
     });
     parallel_for(blocks, threads, [&](int64_t block, int thread) {
       const int64_t first = block * kBlock, rows = std::min(kBlock, s.rows - first);
-      float* tile = tiles.get() + thread * kBlock * kPitch<T>;
+      const Tile tile = tile_at(s, first, chunk, tiles, thread);
       score_tile(s, first, rows, chunk, cols, w_panels + 0, x_panels + thread * kBlock * depth,
                  tile);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t own = s.target[s.source(first + i)] - chunk;
-        if (own >= 0 && own < cols) stats[first + i].own = tile[i * kPitch<T> + own];
-        fold(stats[first + i], tile + i * kPitch<T>, cols);
+        if (own >= 0 && own < cols) stats[first + i].own = tile[i][own];
+        fold(stats[first + i], tile[i], cols);
       }
     });
   }
@@ -218,12 +237,12 @@ class SoftmaxBackward {
         region(std::min(s.rows, chunk_width(s) * ceil_div(s.threads, chunk_width(s) / kBlock))),
         scratch_size(kBlock *
                      std::max({words<Word>(s.dim), words<Word>(width), words<Word>(region)})),
-        w_rows(round_up(width, kTileCols) * words<Word>(s.dim)),
+        w_rows(s.kept ? 0 : round_up(width, kTileCols) * words<Word>(s.dim)),
         w_columns(g.d_x ? words<Word>(width) * round_up(s.dim, kTileCols) : 0),
         x_columns(g.d_w ? words<Word>(region) * round_up(s.dim, kTileCols) : 0),
         scratch(std::max(s.threads, 1) * scratch_size),
         d_scores(words<Word>(region * kPitch<T>)),
-        tiles(std::max(s.threads, 1) * kBlock * kPitch<T>),
+        tiles(s.kept ? 0 : std::max(s.threads, 1) * kBlock * kPitch<T>),
         d_w(g.d_w && !kInPlace ? width * s.dim : 0),
         d_bias(g.d_bias ? width : 0) {}
 
@@ -257,7 +276,8 @@ class SoftmaxBackward {
     const Rows<T> w{s.w, s.dim};
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
       const int64_t j = panel * kTileCols, count = std::min<int64_t>(kTileCols, cols - j);
-      pack_rows<kTileCols>(w, chunk + j, count, s.dim, w_rows + j * words<Word>(s.dim));
+      if (!s.kept)
+        pack_rows<kTileCols>(w, chunk + j, count, s.dim, w_rows + j * words<Word>(s.dim));
       if (g.d_x) pack_columns<kTileCols>(w, chunk + j, count, s.dim, cols, j, w_columns + 0);
     });
   }
@@ -265,13 +285,12 @@ class SoftmaxBackward {
   // Gradients of the scores of a block of rows, and what they add to the gradient of x.
   void row_task(int64_t start, int thread) {
     const int64_t count = std::min(kBlock, rows - start);
-    float* tile = tiles.get() + thread * kBlock * kPitch<T>;
+    const Tile tile = tile_at(s, first + start, chunk, tiles, thread);
     Word* panels = scratch + thread * scratch_size;
-    score_tile(s, first + start, count, chunk, cols, w_rows + 0, panels, tile);
+    if (!s.kept) score_tile(s, first + start, count, chunk, cols, w_rows + 0, panels, tile);
     auto* d_tile = const_cast<ScoreGradient<T>*>(gradient(start));
     for (int64_t i = 0; i < count; ++i)
-      differentiate(s, g, first + start + i, chunk, cols, tile + i * kPitch<T>,
-                    d_tile + i * kPitch<T>);
+      differentiate(s, g, first + start + i, chunk, cols, tile[i], d_tile + i * kPitch<T>);
     if (g.d_x) {
       pack_rows<kTileRows>(Rows<ScoreGradient<T>>{d_tile, kPitch<T>}, 0, count, cols, panels);
       multiply(count, s.dim, cols, panels, w_columns + 0, g.d_x + (first + start) * s.dim, s.dim,

@@ -28,15 +28,30 @@ MOCA_BINDING(info_nce, m) {
     py::gil_scoped_release release;
     moca::info_nce_forward(p);
   });
+  const auto with_gradients = [](Params p, uintptr_t d_loss, uintptr_t d_query,
+                                 uintptr_t d_document, uintptr_t d_hard_negatives,
+                                 uintptr_t d_temperature) {
+    p.d_loss = moca::pointer<const float>(d_loss);
+    p.d_query = moca::pointer<>(d_query);
+    p.d_document = moca::pointer<>(d_document);
+    p.d_hard_negatives = moca::pointer<>(d_hard_negatives);
+    p.d_temperature = moca::pointer<float>(d_temperature);
+    return p;
+  };
   m.def("info_nce_backward",
-        [](moca::InfoNceParams p, uintptr_t d_loss, uintptr_t d_query, uintptr_t d_document,
-           uintptr_t d_hard_negatives, uintptr_t d_temperature) {
-          p.d_loss = moca::pointer<const float>(d_loss);
-          p.d_query = moca::pointer<>(d_query);
-          p.d_document = moca::pointer<>(d_document);
-          p.d_hard_negatives = moca::pointer<>(d_hard_negatives);
-          p.d_temperature = moca::pointer<float>(d_temperature);
+        [=](const Params& given, uintptr_t d_loss, uintptr_t d_query, uintptr_t d_document,
+            uintptr_t d_hard_negatives, uintptr_t d_temperature) {
+          const Params p =
+              with_gradients(given, d_loss, d_query, d_document, d_hard_negatives, d_temperature);
           py::gil_scoped_release release;
           moca::info_nce_backward(p);
         });
+  m.def("info_nce_with_gradients", [=](const Params& given, uintptr_t loss, uintptr_t d_loss,
+                                       uintptr_t d_query, uintptr_t d_document,
+                                       uintptr_t d_hard_negatives, uintptr_t d_temperature) {
+    Params p = with_gradients(given, d_loss, d_query, d_document, d_hard_negatives, d_temperature);
+    p.loss = moca::pointer<float>(loss);
+    py::gil_scoped_release release;
+    moca::info_nce_with_gradients(p);
+  });
 }

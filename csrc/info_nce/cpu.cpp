@@ -66,60 +66,80 @@ double differentiate_hard(const InfoNceParams& p, int64_t b, int64_t k, float an
   return d_score * (double{hard_score} - anchor);
 }
 
+template <typename T>
+void forward(const InfoNceParams& p, const Scores<T>& s) {
+  std::vector<RowStats> stats(p.queries);
+  softmax_forward(s, stats);
+  parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
+    for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
+      for (int64_t k = 0; k < p.hard; ++k) {
+        float row[kLanes];
+        std::fill(row, row + kLanes, kMasked);
+        row[0] = score(p, b, hard_negative<T>(p, b, k));
+        fold(stats[b], row, 1);
+      }
+      p.loss[b] = stats[b].loss();
+      p.lse[b] = stats[b].lse();
+    }
+  });
+}
+
+template <typename T>
+void backward(const InfoNceParams& p, const Scores<T>& s) {
+  constexpr bool kInPlace = std::is_same_v<T, float>;
+  const Buffer d_x(p.d_query && !kInPlace ? p.queries * p.dim : 0);
+  std::vector<double> moment(p.queries);
+  std::vector<float> anchor(p.queries);  // the moments' sums cancel least about the target
+  for (int64_t b = 0; b < p.queries && p.d_temperature; ++b)
+    anchor[b] = score(p, b, s.w + p.target[b] * p.dim);
+  ScoreGradients<T> g{};
+  g.lse = p.lse;
+  g.d_loss = p.d_loss;
+  if (p.d_query) g.d_x = kInPlace ? static_cast<float*>(p.d_query) : d_x.get();
+  g.d_w = static_cast<T*>(p.d_document);
+  g.moment = p.d_temperature ? moment.data() : nullptr;
+  g.anchor = anchor.data();
+  if (g.d_x || g.d_w || g.moment) softmax_backward(s, g);
+  parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
+    for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
+      float* d_query = g.d_x ? g.d_x + b * p.dim : nullptr;
+      for (int64_t k = 0; k < p.hard; ++k)
+        moment[b] += differentiate_hard<T>(p, b, k, anchor[b], d_query);
+      if (!d_query || kInPlace) continue;
+      T* to = static_cast<T*>(p.d_query) + b * p.dim;
+      for (int64_t d = 0; d < p.dim; ++d) to[d] = from_float<T>(d_query[d]);
+    }
+  });
+  if (!p.d_temperature) return;
+  double sum = 0.0;
+  for (double value : moment) sum += value;
+  *p.d_temperature = static_cast<float>(-sum / *p.temperature);
+}
+
 }  // namespace
 
 void info_nce_forward(const InfoNceParams& p) {
   visit(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    std::vector<RowStats> stats(p.queries);
-    softmax_forward(scores<T>(p), stats);
-    parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
-      for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
-        for (int64_t k = 0; k < p.hard; ++k) {
-          float row[kLanes];
-          std::fill(row, row + kLanes, kMasked);
-          row[0] = score(p, b, hard_negative<T>(p, b, k));
-          fold(stats[b], row, 1);
-        }
-        p.loss[b] = stats[b].loss();
-        p.lse[b] = stats[b].lse();
-      }
-    });
+    forward(p, scores<T>(p));
   });
 }
 
 void info_nce_backward(const InfoNceParams& p) {
   visit(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Scores<T> s = scores<T>(p);
-    constexpr bool kInPlace = std::is_same_v<T, float>;
-    const Buffer d_x(p.d_query && !kInPlace ? p.queries * p.dim : 0);
-    std::vector<double> moment(p.queries);
-    std::vector<float> anchor(p.queries);  // the moments' sums cancel least about the target
-    for (int64_t b = 0; b < p.queries && p.d_temperature; ++b)
-      anchor[b] = score(p, b, s.w + p.target[b] * p.dim);
-    ScoreGradients<T> g{};
-    g.lse = p.lse;
-    g.d_loss = p.d_loss;
-    if (p.d_query) g.d_x = kInPlace ? static_cast<float*>(p.d_query) : d_x.get();
-    g.d_w = static_cast<T*>(p.d_document);
-    g.moment = p.d_temperature ? moment.data() : nullptr;
-    g.anchor = anchor.data();
-    if (g.d_x || g.d_w || g.moment) softmax_backward(s, g);
-    parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
-      for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
-        float* d_query = g.d_x ? g.d_x + b * p.dim : nullptr;
-        for (int64_t k = 0; k < p.hard; ++k)
-          moment[b] += differentiate_hard<T>(p, b, k, anchor[b], d_query);
-        if (!d_query || kInPlace) continue;
-        T* to = static_cast<T*>(p.d_query) + b * p.dim;
-        for (int64_t d = 0; d < p.dim; ++d) to[d] = from_float<T>(d_query[d]);
-      }
-    });
-    if (!p.d_temperature) return;
-    double sum = 0.0;
-    for (double value : moment) sum += value;
-    *p.d_temperature = static_cast<float>(-sum / *p.temperature);
+    backward(p, scores<T>(p));
+  });
+}
+
+void info_nce_with_gradients(const InfoNceParams& p) {
+  visit(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Scores<T> s = scores<T>(p);
+    const Buffer kept(s.rows * s.kept_pitch());
+    s.kept = kept.get();
+    forward(p, s);
+    backward(p, s);
   });
 }
 

@@ -1,3 +1,5 @@
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,17 @@ from torch import Tensor
 
 import moca_fast
 
-SHAPES = [(1, 1, 1, 1), (5, 9, 0, 3), (50, 77, 2, 33), (100, 801, 1, 70)]  # B, M, K, D
+# B, M, K, D
+SHAPES = [(1, 1, 1, 1), (5, 9, 0, 3), (50, 77, 2, 33), (100, 801, 1, 70), (800, 40, 0, 9)]
 TEMPERATURE = 0.5
+FEW_SCORES = "moca_fast.ops.info_nce.op.FEW_SCORES"
+
+
+@pytest.fixture(params=["scores kept", "scores made again"])
+def scores(request, monkeypatch):
+    """Both ways to a gradient on a CPU: what is few depends on the shape."""
+    if request.param == "scores made again":
+        monkeypatch.setattr(FEW_SCORES, 0)
 
 
 def problem(batch: int, documents: int, hard: int, dim: int) -> list[Tensor]:
@@ -55,6 +66,7 @@ def ours(target: Tensor | None, **options):
     return function
 
 
+@pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,6 +86,7 @@ def test_exact_reductions(reduction, backend):
     check(op, plain(target, reduction), tensors, torch.float32)
 
 
+@pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.kernel
 def test_exact_with_ids(backend):
@@ -86,6 +99,7 @@ def test_exact_with_ids(backend):
     check(ours(target, backend=backend, **masks), plain(target, **masks), tensors, torch.float32)
 
 
+@pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.kernel
 def test_exact_at_low_temperature(backend):
@@ -100,15 +114,17 @@ def test_exact_at_low_temperature(backend):
     shape=st.tuples(st.integers(4, 60), st.integers(4, 60), st.integers(0, 3), st.integers(4, 40)),
     kinds=st.integers(1, 30),
     seed=st.integers(0, 2**31),
+    few=st.sampled_from([0, 1 << 22]),
 )
 @pytest.mark.kernel
-def test_exact_random_shapes(shape, kinds, seed):
+def test_exact_random_shapes(shape, kinds, seed, few):
     torch.manual_seed(seed)
     tensors, target = problem(*shape), targets(*shape[:2])
     ids = torch.randint(kinds, (shape[1],))
     op = ours(target, document_ids=ids, backend="cpu")
     exact = plain(target, query_ids=ids[target], document_ids=ids)
-    check(op, exact, tensors[:3], torch.float32)
+    with patch(FEW_SCORES, few):
+        check(op, exact, tensors[:3], torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -168,6 +184,7 @@ def test_one_gradient_alone(needed, backend):
     assert torch.equal(tensors[needed].grad, whole[needed])
 
 
+@pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_scales_and_repeats(dtype, backend):
@@ -183,10 +200,21 @@ def test_backward_scales_and_repeats(dtype, backend):
     assert torch.equal(torch.autograd.grad(out, tensors[1])[0], first[1])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.kernel
-def test_bits_do_not_depend_on_runs_or_threads():
+def test_bits_do_not_depend_on_runs_or_threads(reduction):
     tensors, target = problem(130, 900, 2, 40), targets(130, 900)
-    assert_same_bits_on_threads(ours(target, reduction="none", backend="cpu"), tensors)
+    assert_same_bits_on_threads(ours(target, reduction=reduction, backend="cpu"), tensors)
+
+
+def test_kept_scores_give_the_same_bits():
+    """Of a sum: the mean's factor would come after the gradient was rounded, not before."""
+    tensors, target = problem(130, 900, 2, 40), targets(130, 900)
+    op = ours(target, reduction="sum", backend="cpu")
+    with patch(FEW_SCORES, 0):
+        again = run(op, tensors)
+    for kept, expected in zip(run(op, tensors), again, strict=True):
+        assert torch.equal(kept, expected)
 
 
 def test_scores_never_exist():
@@ -216,7 +244,11 @@ def test_opcheck(backend):
     op = torch.ops.moca_fast.info_nce.default
     full = (query, document, target, temperature, hard, ids[target], ids, backend)
     torch.library.opcheck(op, full)
-    torch.library.opcheck(op, (query, document, target, temperature, None, None, None, backend))
+    bare = (query, document, target, temperature, None, None, None, backend)
+    torch.library.opcheck(op, bare)
+    together = torch.ops.moca_fast.info_nce_with_gradients.default
+    torch.library.opcheck(together, (*full, [True, False, False, True]))
+    torch.library.opcheck(together, (*bare, [True, False, False, True]))
 
 
 def test_compiles_whole():

@@ -27,14 +27,31 @@ def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
 def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
     inputs = _contiguous(tensors)
     d_loss = d_loss.contiguous()
-    wanted = (inputs.query, inputs.document, inputs.hard_negatives, inputs.temperature)
-    grads = tuple(
-        empty_like(tensor) if need and tensor is not None else inputs.query.new_empty(0)
-        for tensor, need in zip(wanted, needs, strict=True)
-    )
+    grads = _gradients(inputs, needs)
     addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]
     _C.info_nce_backward(_params(lse, inputs), d_loss.data_ptr(), *addresses)
     return grads
+
+
+def forward_with_gradients(needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
+    inputs = _contiguous(tensors)
+    queries = inputs.query.shape[0]
+    loss = torch.empty(queries, dtype=torch.float32)
+    lse = torch.empty(queries, dtype=torch.float64)
+    d_loss = torch.ones_like(loss)
+    grads = _gradients(inputs, needs)
+    addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]
+    _C.info_nce_with_gradients(_params(lse, inputs), loss.data_ptr(), d_loss.data_ptr(), *addresses)
+    return loss.sum(), *grads
+
+
+def _gradients(inputs: Inputs, needs: list[bool]) -> tuple[Tensor, ...]:
+    """Unwritten gradients of query, document, hard_negatives and temperature."""
+    wanted = (inputs.query, inputs.document, inputs.hard_negatives, inputs.temperature)
+    return tuple(
+        empty_like(tensor) if need and tensor is not None else inputs.query.new_empty(0)
+        for tensor, need in zip(wanted, needs, strict=True)
+    )
 
 
 def _contiguous(tensors: tuple[Tensor | None, ...]) -> Inputs:

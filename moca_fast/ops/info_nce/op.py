@@ -1,6 +1,6 @@
 """InfoNCE over gathered documents (arXiv 1807.03748), as MoCa's contrastive stage uses it
 (arXiv 2506.23115): in-batch negatives of all ranks, and hard negatives that only their own query
-sees. The B x M scores are made tile by tile and never held.
+sees. The B x M scores are made tile by tile and never held, unless they are few.
 
 B queries, M documents, K hard negatives a query, D dim.
 """
@@ -20,6 +20,7 @@ from moca_fast._gradients import (
 )
 
 OP = "info_nce"
+FEW_SCORES = 4 << 20  # of all documents: so many float32 may be held on a CPU, in 16 MiB
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -52,8 +53,9 @@ def info_nce(
     loss[b] = log(sum over j of exp(s[b, j]) + sum over k of exp(h[b, k])) - s[b, target[b]],
     s = query . document / temperature, h[b, k] = query[b] . hard_negatives[b, k] / temperature.
     Nothing is normalised here: for the cosine similarity pass vectors of unit length, as
-    `moca_fast.pool` gives them. On a GPU a gradient that will be needed of a "mean" or "sum" is
-    made along with the loss, of the same scores, and kept for the backward.
+    `moca_fast.pool` gives them. On a GPU, and for at most 4 Mi scores B x M on a CPU, a gradient
+    that will be needed of a "mean" or "sum" is made along with the loss, of the same scores, and
+    kept for the backward.
 
     Args:
         query: (B, D) float32, bfloat16, float16 or float64; receives a gradient.
@@ -94,7 +96,8 @@ def info_nce(
     needs = [t is not None and t.requires_grad for t in _with_gradient(*tensors)]
     if reduction == "none":
         return torch.ops.moca_fast.info_nce(*call)[0]
-    if torch.is_grad_enabled() and any(needs) and made_with_loss(query, backend):
+    few = query.shape[0] * document.shape[0] <= FEW_SCORES
+    if torch.is_grad_enabled() and any(needs) and (few or made_with_loss(query, backend)):
         loss = torch.ops.moca_fast.info_nce_with_gradients(*call, needs)[0]
     else:
         loss = torch.ops.moca_fast.info_nce(*call)[0].sum()
