@@ -4,6 +4,7 @@ tensor between guard pages."""
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,28 @@ def run_python(isa: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_kernels_on(isa):
+def run_kernels(isa: str) -> subprocess.CompletedProcess | None:
+    """The tests' own run; None if the processor does not have this instruction set."""
     probe = run_python(isa, "-c", "from moca_fast import _C; print(_C.cpu_isa())")
     if "does not run" in probe.stderr:
-        pytest.skip(f"this processor does not run {isa}")
+        return None
     assert probe.stdout.strip() == isa, probe.stderr
     picked = ["-m", "kernel", "-k", "not reference", "-p", "guard_pages", "-p", "no:cacheprovider"]
-    done = run_python(isa, "-m", "pytest", "-q", *picked, str(FOLDER))
+    return run_python(isa, "-m", "pytest", "-q", *picked, str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """A run for each instruction set: each has one thread, so a core each at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {isa: pool.submit(run_kernels, isa) for isa in ISAS}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernels_on(isa, runs: dict[str, Future]):
+    done = runs[isa].result()
+    if done is None:
+        pytest.skip(f"this processor does not run {isa}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
