@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from moca.data.encode import Encoder
 from moca.data.images import denormalize
@@ -48,7 +49,7 @@ def gather(folder: Path, summary: str, date: str, tests: Mapping[str, Sequence[P
     embedder = Embedder.from_pretrained(folder / "contrast/model", max_length=max_length)
     similarities, searches = [], []
     each = -(-SEARCHES // len(tests))
-    for task, pairs in tests.items():
+    for task, pairs in tqdm(tests.items(), "examples", leave=False):
         similarity, found = _look(task, Pool.of_pairs(pairs), embedder, each)
         similarities.append(similarity)
         searches += found

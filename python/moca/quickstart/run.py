@@ -233,7 +233,7 @@ class Quickstart:
         embedder = Embedder.from_pretrained(self.folder / model, max_length=TRAINING["max_length"])
         return {
             task: evaluate_pool(Pool.of_pairs(self.test_pairs(task)), embedder.encode)
-            for task in self.tasks
+            for task in _progress(self.tasks, "held-out pairs")
         }
 
     def baseline(self) -> dict[str, dict[str, float]]:
