@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdlib>
 #include <map>
 #include <stdexcept>
@@ -10,6 +11,12 @@
 #include "common/binding.h"
 #include "common/isa.h"
 #include "common/queue.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #ifndef MOCA_CUDA_ARCHS  // CMake defines it where CUDA is compiled: "80,90a"
 #define MOCA_CUDA_ARCHS ""
@@ -24,13 +31,30 @@ std::vector<Binder>& binders() {
   return list;
 }
 
+constexpr std::array kNarrowestFirst = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512bf16,
+                                        Isa::amx};
+
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx: return "amx";
     case Isa::avx512bf16: return "avx512bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     default: return "portable";
   }
+}
+
+// Tile registers with products of bfloat16. Linux lends them to a process that asks for them.
+static bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;   // of leaf 7 in EDX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBfloat16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 static bool runs_here(Isa isa) {
@@ -43,8 +67,10 @@ static bool runs_here(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   switch (isa) {
-    case Isa::avx512bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx: return avx512bf16 && has_tiles();
+    case Isa::avx512bf16: return avx512bf16;
     case Isa::avx512: return avx512;
     case Isa::avx2: return avx2;
     default: return true;
@@ -56,7 +82,8 @@ static bool runs_here(Isa isa) {
 
 static Isa choose_isa() {
   const char* forced = std::getenv("MOCA_CPU_ISA");
-  for (Isa isa : {Isa::avx512bf16, Isa::avx512, Isa::avx2, Isa::portable}) {
+  for (auto it = kNarrowestFirst.rbegin(); it != kNarrowestFirst.rend(); ++it) {
+    const Isa isa = *it;
     if (forced && *forced) {
       if (std::string(forced) != isa_name(isa)) continue;
       if (runs_here(isa)) return isa;
@@ -94,8 +121,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", [] { return moca::isa_name(moca::active_isa()); });
   module.def("supported_isas", [] {  // of this processor, widest last
     std::vector<std::string> names;
-    for (moca::Isa isa :
-         {moca::Isa::portable, moca::Isa::avx2, moca::Isa::avx512, moca::Isa::avx512bf16})
+    for (moca::Isa isa : moca::kNarrowestFirst)
       if (moca::runs_here(isa)) names.push_back(moca::isa_name(isa));
     return names;
   });

@@ -13,19 +13,20 @@ constexpr int64_t kQueries = 96;  // queries of a tile: the depth of the sums fo
 // Working memory of a thread in the backward pass.
 template <typename Word>
 struct BackwardMemory {
+  static constexpr int64_t kSlack = kRows<Word>;
   BackwardMemory(int64_t width, int64_t d_q_size)
       : k_dims(kKeys * width),
         v_dims(kKeys * width),
         k_tokens(kKeys * width),
         q_tokens(kQueries * width),
         d_out_tokens(kQueries * width),
-        q_rows((kQueries + kRows) * kPitch),
-        d_out_rows((kQueries + kRows) * kPitch),
+        q_rows((kQueries + kSlack) * kPitch),
+        d_out_rows((kQueries + kSlack) * kPitch),
         weights(kQueries * kPitch),
         d_score_columns(kQueries * kPitch),
-        d_score_rows((kQueries + kRows) * kPitch),
-        scores(kRows * kPitch),
-        d_weights(kRows * kPitch),
+        d_score_rows((kQueries + kSlack) * kPitch),
+        scores(kSlack * kPitch),
+        d_weights(kSlack * kPitch),
         d_k(kKeys * width),
         d_v(kKeys * width),
         d_q(d_q_size) {}
@@ -47,7 +48,7 @@ class Backward {
   explicit Backward(const AttentionParams& params)
       : p(params),
         width(round_up(p.dim, kPanel)),
-        depth(p.dim / kPerWord<Word>),
+        depth(words<Word>(p.dim)),
         group(p.heads / p.kv_heads) {}
 
   // delta = rowsum(out * d_out) of block `block` of kKeys queries and head h. It adds up as the
@@ -70,6 +71,7 @@ class Backward {
   // what comes from every `parts`-th block of keys, and writes d_k and d_v of those keys.
   void run(int64_t begin, int64_t end, int64_t kv_head, int64_t part, int64_t parts, float* d_q,
            Memory& m) const {
+    const TileRegisters registers;
     for_each_document(p.queries, begin, end, [&](const Slice& slice) {
       const Document document{slice, kv_head, d_q - begin * width, (end - begin) * width,
                               has_hidden_nan(slice, kv_head)};
@@ -153,12 +155,12 @@ class Backward {
     pack_left(d_out, tile.begin, tile.end, p.dim, m.words(m.d_out_rows));
     pack_tokens(q, tile.begin, tile.end, p.dim, m.words(m.q_tokens));
     pack_tokens(d_out, tile.begin, tile.end, p.dim, m.words(m.d_out_tokens));
-    for (int64_t row = tile.begin; row < tile.end; row += kRows)
-      run_rows(tile, row, std::min<int64_t>(kRows, tile.end - row), h, d_q + row * width, m);
+    for (int64_t row = tile.begin; row < tile.end; row += kRows<Word>)
+      run_rows(tile, row, std::min<int64_t>(kRows<Word>, tile.end - row), h, d_q + row * width, m);
     const int64_t first = std::max<int64_t>(p.queries.start[tile.begin], tile.key_begin);
     const int64_t last = std::min<int64_t>(p.queries.end[tile.end - 1], tile.key_end);
-    for (int64_t key = first; key < last; key += kRows)
-      add_to_keys(tile, key, std::min<int64_t>(kRows, last - key), m);
+    for (int64_t key = first; key < last; key += kRows<Word>)
+      add_to_keys(tile, key, std::min<int64_t>(kRows<Word>, last - key), m);
   }
 
   // Weights and gradients of the scores of `count` rows, and what they add to d_q.
@@ -199,15 +201,13 @@ class Backward {
         count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
         Product<Word>{m.words(m.d_score_rows) + at * kPitch + skip,
                       m.words(m.k_tokens) + skip * kPanel,
-                      words_of_tokens(tile.key_end - tile.key_begin) * kPanel, d_q, width},
+                      words<Word>(tile.key_end - tile.key_begin) * kPanel, d_q, width},
         true);
   }
 
-  static int64_t words_of_tokens(int64_t tokens) { return ceil_div(tokens, kPerWord<Word>); }
-
   // Rows whose columns are not all written have weight 0 in the rest.
   static void clear_rows(int64_t at, int64_t count, int64_t size, Memory& m) {
-    for (int64_t w = at / kPerWord<Word>; w < words_of_tokens(at + count); ++w) {
+    for (int64_t w = at / kPerWord<Word>; w < ceil_div(at + count, kPerWord<Word>); ++w) {
       std::fill_n(m.weights.get() + w * kPitch, size, 0.0f);
       std::fill_n(m.d_score_columns.get() + w * kPitch, size, 0.0f);
     }
@@ -264,17 +264,18 @@ class Backward {
     const int64_t begin = std::max<int64_t>(p.keys.start[key], tile.begin) - tile.begin;
     const int64_t end = std::min<int64_t>(p.keys.end[key + count - 1], tile.end) - tile.begin;
     if (begin >= end) return;
-    const int64_t skip = begin / kPerWord<Word>, words = words_of_tokens(end) - skip;
+    const int64_t skip = begin / kPerWord<Word> / kDepthStep<Word> * kDepthStep<Word>;
+    const int64_t depth = ceil_div(end, kPerWord<Word>) - skip;
     const int64_t from = skip * kPitch + key - tile.key_begin, to = (key - tile.key_begin) * width;
-    const int64_t pitch = words_of_tokens(tile.end - tile.begin) * kPanel;
+    const int64_t pitch = words<Word>(tile.end - tile.begin) * kPanel;
     const int64_t vectors = ceil_div(p.dim, kLanes);
     multiply<Left::columns>(
-        count, vectors, words,
+        count, vectors, depth,
         Product<Word>{m.words(m.weights) + from, m.words(m.d_out_tokens) + skip * kPanel, pitch,
                       m.d_v.get() + to, width},
         true);
     multiply<Left::columns>(
-        count, vectors, words,
+        count, vectors, depth,
         Product<Word>{m.words(m.d_score_columns) + from, m.words(m.q_tokens) + skip * kPanel, pitch,
                       m.d_k.get() + to, width},
         true);

@@ -11,13 +11,18 @@
 namespace moca::MOCA_ISA {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kColumns = 384;  // keys packed at a time: they and their values stay in cache
-constexpr int64_t kHeads = 4;      // query heads that share one packing of keys
+// Keys packed at a time: they and their values stay in cache.
+template <typename Word>
+constexpr int64_t kColumns = kInTiles<Word> ? 256 : 384;
+constexpr int64_t kHeads = 4;  // query heads that share one packing of keys
 
 // exp(x) of weights that become words.
 template <typename Word>
 inline Lanes weight_of(Lanes x) {
-  return kPerWord<Word> == 2 ? exp_for_bfloat16(x) : exp_lanes(x);
+#ifdef __AVX512BF16__
+  if constexpr (kPerWord<Word> == 2) return exp_for_bfloat16(x);
+#endif
+  return exp_lanes(x);
 }
 
 template <typename T>
@@ -29,11 +34,12 @@ void store_row(const float* from, float factor, int64_t dim, T* to) {
 // Working memory of a thread in the forward pass, for up to `rows` rows and `heads` heads.
 template <typename Word>
 struct ForwardMemory {
+  static constexpr int64_t kSlack = kRows<Word>;
   ForwardMemory(int64_t rows, int64_t heads, int64_t width)
-      : keys(kColumns * width),
-        values(kColumns * width),
-        queries((heads * rows + kRows) * kPitch),
-        scores(kRows * kPitch),
+      : keys(kColumns<Word> * width),
+        values(kColumns<Word> * width),
+        queries((heads * rows + kSlack) * kPitch),
+        scores(kSlack * kPitch),
         sums(heads * rows * width),
         totals(heads * rows * kLanes),
         peaks(heads * rows) {}
@@ -53,10 +59,11 @@ class Forward {
   using Memory = ForwardMemory<Word>;
 
   explicit Forward(const AttentionParams& params)
-      : p(params), width(round_up(p.dim, kPanel)), depth(p.dim / kPerWord<Word>) {}
+      : p(params), width(round_up(p.dim, kPanel)), depth(words<Word>(p.dim)) {}
 
   // Heads [first_head, last_head), which share a key head, of the queries of a tile.
   void run(const Tile& tile, int64_t first_head, int64_t last_head, Memory& m) const {
+    const TileRegisters registers;
     const int64_t kv_head = first_head / (p.heads / p.kv_heads);
     for_each_document(p.queries, tile.row_begin, tile.row_end, [&](const Slice& slice) {
       const Head<T> v(p.v, p.v_strides, kv_head, slice.key_begin, slice.key_end);
@@ -83,14 +90,14 @@ class Forward {
     std::fill_n(m.sums.get(), heads * rows * width, 0.0f);
     std::fill_n(m.totals.get(), heads * rows * kLanes, 0.0f);
     std::fill_n(m.peaks.get(), heads * rows, -kInfinity);
-    for (int64_t begin = slice.key_begin; begin < slice.key_end; begin += kColumns) {
-      const int64_t end = std::min(begin + kColumns, slice.key_end);
+    for (int64_t begin = slice.key_begin; begin < slice.key_end; begin += kColumns<Word>) {
+      const int64_t end = std::min(begin + kColumns<Word>, slice.key_end);
       pack_dims(k, begin, end, p.dim, m.packed_keys());
       pack_tokens(v, begin, end, p.dim, m.packed_values());
       for (int64_t h = 0; h < heads; ++h)
-        for (int64_t row = slice.begin; row < slice.end; row += kRows)
-          add_block(m, row, std::min<int64_t>(kRows, slice.end - row), h * rows + row - slice.begin,
-                    begin, end);
+        for (int64_t row = slice.begin; row < slice.end; row += kRows<Word>)
+          add_block(m, row, std::min<int64_t>(kRows<Word>, slice.end - row),
+                    h * rows + row - slice.begin, begin, end);
     }
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t i = slice.begin; i < slice.end; ++i)
@@ -109,33 +116,40 @@ class Forward {
                                        kPanel * depth, scores, kPitch, p.softmax_scale},
                          false);
     const int64_t size = columns.end - columns.begin;
+    float old_peaks[kRows<Word>];
     for (int64_t r = 0; r < count; ++r) {
       float* row = scores + r * kPitch;
       mask_row(row, p.queries.start[first + r] - begin - columns.begin,
                p.queries.end[first + r] - begin - columns.begin, size, -kInfinity);
-      soften(row, size, m, at + r);
+      old_peaks[r] = m.peaks.get()[at + r];
+      m.peaks.get()[at + r] = std::max(old_peaks[r], largest_of(row, size));
     }
-    const int64_t words = ceil_div(size, kPerWord<Word>), skip = columns.begin / kPerWord<Word>;
+    for (int64_t r = 0; r < count; ++r) soften(scores + r * kPitch, size, old_peaks[r], m, at + r);
+    const int64_t skip = columns.begin / kPerWord<Word>;
     multiply<Left::rows>(
-        count, ceil_div(p.dim, kLanes), words,
+        count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
         Product<Word>{reinterpret_cast<const Word*>(scores), m.packed_values() + skip * kPanel,
-                      ceil_div(end - begin, kPerWord<Word>) * kPanel, m.sums.get() + at * width,
-                      width},
+                      words<Word>(end - begin) * kPanel, m.sums.get() + at * width, width},
         true);
+  }
+
+  // The largest score of a row that is not NaN, or -inf.
+  static float largest_of(const float* scores, int64_t size) {
+    const auto larger = [](Lanes a, Lanes b) { return a > b ? a : b; };
+    Lanes top[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
+    for (int64_t j = 0; j < size; j += kPanel) {
+      top[0] = larger(load(scores + j), top[0]);
+      top[1] = larger(load(scores + j + kLanes), top[1]);
+    }
+    return largest(larger(top[0], top[1]));
   }
 
   // Online softmax. Scores of a row become weights exp(score - peak), in words; what was summed
   // under a lower peak shrinks.
-  void soften(float* scores, int64_t size, Memory& m, int64_t at) const {
-    Lanes top = broadcast(-kInfinity);
-    for (int64_t j = 0; j < size; j += kLanes) {
-      const Lanes x = load(scores + j);
-      top = x > top ? x : top;
-    }
-    float& peak = m.peaks.get()[at];
+  void soften(float* scores, int64_t size, float old_peak, Memory& m, int64_t at) const {
+    const float peak = m.peaks.get()[at];
+    const float shift = peak == -kInfinity ? 0.0f : peak;  // only -inf, or NaN, so far
     float* total = m.totals.get() + at * kLanes;
-    const float new_peak = std::max(peak, largest(top));
-    const float shift = new_peak == -kInfinity ? 0.0f : new_peak;  // only -inf, or NaN, so far
     Lanes sum = {};
     Word* words = reinterpret_cast<Word*>(scores);
     for (int64_t j = 0; j < size; j += kLanes * kPerWord<Word>) {
@@ -149,8 +163,8 @@ class Forward {
         store_words(words + j / 2, neighbours<Word>(weight, next));
       }
     }
-    const float shrink = peak == -kInfinity ? 1.0f : std::exp(peak - shift);
-    peak = new_peak;
+    const float shrink =
+        old_peak == -kInfinity || old_peak == peak ? 1.0f : std::exp(old_peak - shift);
     store(total, load(total) * shrink + sum);
     if (shrink == 1.0f) return;
     float* sums = m.sums.get() + at * width;

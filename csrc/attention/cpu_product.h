@@ -3,18 +3,24 @@
 // The left operand keeps its rows, kPitch words apart. The right operand is packed into panels of
 // kPanel columns, each panel stored depth-major: word k of column j of a panel is panel[k * kPanel
 // + j]. Depth runs over words (common/words.h): along D for scores, along tokens for sums over
-// tokens. The sums of a register tile of kRows x kPanel stay in registers.
+// tokens. The sums of a register tile of kRows x kPanel stay in registers. Operands are filled with
+// zeros to whole steps of depth; what lies past the rows asked for is read, too, and may be
+// anything.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "attention/attention.h"
-#include "common/words.h"
+#include "common/amx.h"
 
 namespace moca::MOCA_ISA {
 
-constexpr int kRows = kLanes == 16 ? 12 : 6;  // sums fill 24 of 32 registers, or 12 of 16
+// Sums fill 24 of 32 registers, or 12 of 16, or four of eight tiles.
+template <typename Word>
+constexpr int kRows = kInTiles<Word> ? 2 * kLanes
+                      : kLanes == 16 ? 12
+                                     : 6;
 constexpr int kPanel = 2 * kLanes;
 constexpr int64_t kPitch = 384 + 16;  // words; holds kColumns or D, and is no power of two
 constexpr int64_t kMaxDim = 256;
@@ -69,11 +75,56 @@ inline void multiply_tile(int64_t rows, int64_t depth, const Product<Word>& x, b
   }
 }
 
-// The product for up to kRows rows and any number of vectors of columns.
+#ifdef __AMX_BF16__
+
+// The left operand by rows, with zeros from word `depth` on, where it lies by columns.
+class Turned {
+ public:
+  Turned(int64_t rows, int64_t depth, const Bfloat16Pair* a) {
+    for (int64_t row = 0; row < rows; row += kLanes)
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        Lanes square[kLanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i)
+          square[i] = k + i < depth ? load_words(a + (k + i) * kPitch + row) : Lanes{};
+        transpose(square);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) store_words(words + (row + i) * kWidth + k, square[i]);
+      }
+  }
+  static constexpr int64_t kWidth = 64;
+  alignas(64) Bfloat16Pair words[kRows<Bfloat16Pair> * kWidth];
+};
+
+// The product in tile registers.
+template <Left kLeft>
+inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Bfloat16Pair> x,
+                     bool accumulate) {
+  TileProduct product{x.a, kPitch, kLanes, x.b, ceil_div(depth, kLanes)};
+  const auto run = [&] {
+    for (; vectors > 0; vectors -= 2, product.b += x.b_pitch, x.c += kPanel) {
+      const int64_t cols = std::min<int64_t>(vectors * kLanes, kPanel);
+      multiply_tiles(rows, cols, product, x.c, x.c_pitch, accumulate);
+      for (int64_t r = 0; r < rows && x.factor != 1.0f; ++r)
+        for (int64_t j = 0; j < cols; j += kLanes)
+          store(x.c + r * x.c_pitch + j, load(x.c + r * x.c_pitch + j) * x.factor);
+    }
+  };
+  if constexpr (kLeft == Left::rows) return run();
+  const Turned turned(rows, depth, x.a);
+  product.a = turned.words;
+  product.a_pitch = Turned::kWidth;
+  run();
+}
+
+#endif
+
+// The product for up to kRows rows and any number of vectors of columns. Its thread has
+// TileRegisters.
 template <Left kLeft, typename Word>
 inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Word> x,
                      bool accumulate) {
-  constexpr int kThird = kRows / 3;
+  constexpr int kRows = moca::MOCA_ISA::kRows<Word>, kThird = kRows / 3;
   const auto tiles = [&](auto height) {
     constexpr int R = decltype(height)::value;
     for (int64_t left = vectors; left > 0; left -= 2, x.b += x.b_pitch, x.c += kPanel)
@@ -132,7 +183,7 @@ void pack_left(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Wor
 template <typename Word, typename T>
 void pack_dims(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Word* to) {
   constexpr int64_t kStep = kLanes * kPerWord<Word>;
-  const int64_t depth = dim / kPerWord<Word>;
+  const int64_t depth = words<Word>(dim);
   for (int64_t i = begin; i < end; i += kPanel, to += depth * kPanel)
     for (int part = 0; part < kPanel; part += kLanes)
       for (int64_t d = 0; d < dim; d += kStep) {
@@ -147,11 +198,12 @@ void pack_dims(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Wor
       }
 }
 
-// Tokens [begin, end) as depth of a right operand whose columns run over D; whole words are filled.
+// Tokens [begin, end) as depth of a right operand whose columns run over D.
 template <typename Word, typename T>
 void pack_tokens(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Word* to) {
-  const int64_t pitch = ceil_div(end - begin, kPerWord<Word>) * kPanel;
-  for (int64_t i = begin; i < end; i += kPerWord<Word>, to += kPanel)
+  const int64_t depth = words<Word>(end - begin), pitch = depth * kPanel;
+  const int64_t last = begin + depth * kPerWord<Word>;
+  for (int64_t i = begin; i < last; i += kPerWord<Word>, to += kPanel)
     for (int64_t d = 0; d < dim; d += kLanes) {
       Word* at = to + d / kPanel * pitch + d % kPanel;
       if constexpr (kPerWord<Word> == 1)

@@ -1,9 +1,26 @@
 // The exponential of vectors.
 #pragma once
 
+#ifdef __AVX512DQ__
+#include <immintrin.h>
+#endif
+
 #include "common/simd.h"
 
 namespace moca::MOCA_ISA {
+
+// 2^n * y for a whole n of at most 127 for which that is no subnormal number; where there is an
+// instruction for it, for every n down to -inf.
+inline Lanes times_power_of_2(Lanes y, Lanes n) {
+#ifdef __AVX512F__
+  // The plain forms read an undefined register in the headers of GCC 12, which then warns.
+  return reinterpret_cast<Lanes>(
+      _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
+#else
+  const IntLanes exponent = __builtin_convertvector(n, IntLanes) + 127;
+  return y * reinterpret_cast<Lanes>(exponent << 23);
+#endif
+}
 
 // exp(x) for x up to 88, as the exponent of a softmax always is, to about one unit in the last
 // place; 0 below -87.33 (no subnormals); NaN stays NaN. x = n log 2 + r with |r| <= log(2) / 2,
@@ -12,8 +29,7 @@ inline Lanes exp_lanes(Lanes x) {
   constexpr float kLog2E = 1.44269504088896341f;
   constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;  // exact n * kLog2High
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const Lanes shifted = x * kLog2E + kRound;
-  const Lanes n = shifted - kRound;
+  const Lanes n = (x * kLog2E + kRound) - kRound;
   const Lanes r = (x - n * kLog2High) - n * kLog2Low;
   Lanes y = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
   y = y * r + 1.0f / 120.0f;
@@ -21,23 +37,23 @@ inline Lanes exp_lanes(Lanes x) {
   y = y * r + 1.0f / 6.0f;
   y = y * r + 0.5f;
   y = y * (r * r) + r + 1.0f;
-  const IntLanes exponent = (reinterpret_cast<IntLanes>(shifted) - (0x4b400000 - 127)) << 23;
-  y *= reinterpret_cast<Lanes>(exponent);
-  return x < -87.33f ? Lanes{} : y;
+  return x < -87.33f ? Lanes{} : times_power_of_2(y, n);
 }
 
-// The same for weights that are rounded to bfloat16: off by no more than 2^-17 of the value.
+#ifdef __AVX512BF16__
+// The same for weights that are rounded to bfloat16: off by no more than 2^-16 of the value, and
+// 2^-18 where x > -20. x log2 e = n + r with |r| <= 1/2.
 inline Lanes exp_for_bfloat16(Lanes x) {
-  constexpr float kLog2E = 1.44269504088896341f, kLog2 = 0.693147180559945309f;
-  constexpr float kRound = 12582912.0f;
-  const Lanes shifted = x * kLog2E + kRound;
-  const Lanes r = x - (shifted - kRound) * kLog2;
-  Lanes y = r * 0.04127737f + 0.16753601f;  // minimax, with exp(0) = 1
-  y = y * r + 0.50005126f;
-  y = y * (r * r) + r + 1.0f;
-  const IntLanes exponent = (reinterpret_cast<IntLanes>(shifted) - (0x4b400000 - 127)) << 23;
-  y *= reinterpret_cast<Lanes>(exponent);
-  return x < -87.33f ? Lanes{} : y;
+  constexpr int kNearest = 0;  // whole number; the rest of an infinity is 0
+  const Lanes power = x * 1.44269504088896341f;
+  const Lanes r = reinterpret_cast<Lanes>(
+      _mm512_maskz_reduce_ps(0xffff, reinterpret_cast<__m512>(power), kNearest));
+  Lanes y = r * 0.009582855f + 0.05590643f;  // minimax, with 2^0 = 1
+  y = y * r + 0.24024099f;
+  y = y * r + 0.6931242f;
+  y = y * r + 1.0f;
+  return times_power_of_2(y, power - r);
 }
+#endif
 
 }  // namespace moca::MOCA_ISA

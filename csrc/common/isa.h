@@ -4,7 +4,7 @@
 
 namespace moca {
 
-enum class Isa { portable, avx2, avx512, avx512bf16 };
+enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 
 // The widest compiled set that this processor runs, or the one MOCA_CPU_ISA names.
 // Throws std::runtime_error if MOCA_CPU_ISA names a set that is unknown or not supported here.
@@ -29,6 +29,11 @@ const char* isa_name(Isa isa);
 #else
 #define MOCA_IF_AVX512BF16(...)
 #endif
+#ifdef MOCA_HAS_amx
+#define MOCA_IF_AMX(...) __VA_ARGS__
+#else
+#define MOCA_IF_AMX(...)
+#endif
 
 #define MOCA_KERNEL_OF(isa, name, Params) \
   namespace isa {                         \
@@ -41,8 +46,10 @@ const char* isa_name(Isa isa);
   MOCA_IF_AVX2(MOCA_KERNEL_OF(avx2, name, Params))                                \
   MOCA_IF_AVX512(MOCA_KERNEL_OF(avx512, name, Params))                            \
   MOCA_IF_AVX512BF16(MOCA_KERNEL_OF(avx512bf16, name, Params))                    \
+  MOCA_IF_AMX(MOCA_KERNEL_OF(amx, name, Params))                                  \
   inline void name(const Params& params) {                                        \
     switch (active_isa()) {                                                       \
+      MOCA_IF_AMX(case Isa::amx : return amx::name(params);)                      \
       MOCA_IF_AVX512BF16(case Isa::avx512bf16 : return avx512bf16::name(params);) \
       MOCA_IF_AVX512(case Isa::avx512 : return avx512::name(params);)             \
       MOCA_IF_AVX2(case Isa::avx2 : return avx2::name(params);)                   \

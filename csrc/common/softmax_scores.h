@@ -21,12 +21,14 @@
 
 namespace moca::MOCA_ISA {
 
-constexpr int64_t kBlock = 48;       // rows (or columns) of one task
+// Rows (or columns) of one task.
+template <typename T>
+constexpr int64_t kBlock = kInTiles<WordOf<T>> ? 64 : 48;
 constexpr int64_t kDimBlock = 1024;  // dims of one task of the gradient of w
 
 // Most columns whose panels are packed together.
 template <typename T>
-constexpr int64_t kChunk = 2 * kDepth * kPerWord<WordOf<T>>;
+constexpr int64_t kChunk = 384 * kPerWord<WordOf<T>>;  // a multiple of kDepth words
 template <typename T>
 constexpr int64_t kPitch = kChunk<T> + kLanes;  // from row to row of a tile: no power of two
 
@@ -108,7 +110,7 @@ struct Tile {
 template <typename T>
 Tile tile_at(const Scores<T>& s, int64_t first, int64_t chunk, const Buffer& tiles, int thread) {
   if (s.kept) return {s.kept + first * s.kept_pitch() + chunk, s.kept_pitch()};
-  return {tiles.get() + thread * kBlock * kPitch<T>, kPitch<T>};
+  return {tiles.get() + thread * kBlock<T> * kPitch<T>, kPitch<T>};
 }
 
 // The tile of scores of `rows` rows from `first` and `cols` columns from `chunk`; the columns
@@ -116,7 +118,7 @@ Tile tile_at(const Scores<T>& s, int64_t first, int64_t chunk, const Buffer& til
 template <typename T>
 void score_tile(const Scores<T>& s, int64_t first, int64_t rows, int64_t chunk, int64_t cols,
                 const WordOf<T>* w_panels, WordOf<T>* x_panels, Tile tile) {
-  pack_rows<kTileRows>(Rows<T>{s.x, s.dim, s.index}, first, rows, s.dim, x_panels);
+  pack_rows<Side::left>(Rows<T>{s.x, s.dim, s.index}, first, rows, s.dim, x_panels);
   multiply(rows, cols, s.dim, x_panels, w_panels, tile.data, tile.pitch, false);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = s.source(first + i);
@@ -136,23 +138,24 @@ void score_tile(const Scores<T>& s, int64_t first, int64_t rows, int64_t chunk, 
 
 template <typename T>
 void softmax_forward(const Scores<T>& s, std::vector<RowStats>& stats) {
-  const int64_t blocks = ceil_div(s.rows, kBlock), depth = words<WordOf<T>>(s.dim);
+  const int64_t blocks = ceil_div(s.rows, kBlock<T>), depth = words<WordOf<T>>(s.dim);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(s.threads, 1), blocks));
   const int64_t width = std::min(chunk_width(s), s.cols);
   const Panels<T> w_panels(round_up(width, kTileCols) * depth);
-  const Panels<T> x_panels(threads * kBlock * depth);
-  const Buffer tiles(s.kept ? 0 : threads * kBlock * kPitch<T>);
+  const Panels<T> x_panels(threads * kBlock<T> * depth);
+  const Buffer tiles(s.kept ? 0 : threads * kBlock<T> * kPitch<T>);
   for (int64_t chunk = 0; chunk < s.cols && s.rows > 0; chunk += width) {
     const int64_t cols = std::min(width, s.cols - chunk);
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
       const int64_t j = panel * kTileCols;
-      pack_rows<kTileCols>(Rows<T>{s.w, s.dim}, chunk + j, std::min<int64_t>(kTileCols, cols - j),
-                           s.dim, w_panels + j * depth);
+      pack_rows<Side::right>(Rows<T>{s.w, s.dim}, chunk + j, std::min<int64_t>(kTileCols, cols - j),
+                             s.dim, w_panels + j * depth);
     });
     parallel_for(blocks, threads, [&](int64_t block, int thread) {
-      const int64_t first = block * kBlock, rows = std::min(kBlock, s.rows - first);
+      const TileRegisters registers;
+      const int64_t first = block * kBlock<T>, rows = std::min(kBlock<T>, s.rows - first);
       const Tile tile = tile_at(s, first, chunk, tiles, thread);
-      score_tile(s, first, rows, chunk, cols, w_panels + 0, x_panels + thread * kBlock * depth,
+      score_tile(s, first, rows, chunk, cols, w_panels + 0, x_panels + thread * kBlock<T> * depth,
                  tile);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t own = s.target[s.source(first + i)] - chunk;
@@ -234,15 +237,15 @@ class SoftmaxBackward {
       : s(scores),
         g(gradients),
         width(std::min(chunk_width(s), s.cols)),
-        region(std::min(s.rows, chunk_width(s) * ceil_div(s.threads, chunk_width(s) / kBlock))),
-        scratch_size(kBlock *
+        region(std::min(s.rows, chunk_width(s) * ceil_div(s.threads, chunk_width(s) / kBlock<T>))),
+        scratch_size(kBlock<T> *
                      std::max({words<Word>(s.dim), words<Word>(width), words<Word>(region)})),
         w_rows(s.kept ? 0 : round_up(width, kTileCols) * words<Word>(s.dim)),
         w_columns(g.d_x ? words<Word>(width) * round_up(s.dim, kTileCols) : 0),
         x_columns(g.d_w ? words<Word>(region) * round_up(s.dim, kTileCols) : 0),
         scratch(std::max(s.threads, 1) * scratch_size),
         d_scores(words<Word>(region * kPitch<T>)),
-        tiles(s.kept ? 0 : std::max(s.threads, 1) * kBlock * kPitch<T>),
+        tiles(s.kept ? 0 : std::max(s.threads, 1) * kBlock<T> * kPitch<T>),
         d_w(g.d_w && !kInPlace ? width * s.dim : 0),
         d_bias(g.d_bias ? width : 0) {}
 
@@ -252,8 +255,8 @@ class SoftmaxBackward {
       pack_w();
       for (first = 0; first < s.rows; first += region) {
         rows = std::min(region, s.rows - first);
-        parallel_for(ceil_div(rows, kBlock), s.threads,
-                     [&](int64_t block, int thread) { row_task(block * kBlock, thread); });
+        parallel_for(ceil_div(rows, kBlock<T>), s.threads,
+                     [&](int64_t block, int thread) { row_task(block * kBlock<T>, thread); });
         if (g.d_w || g.d_bias) column_tasks();
       }
       store();
@@ -277,14 +280,15 @@ class SoftmaxBackward {
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
       const int64_t j = panel * kTileCols, count = std::min<int64_t>(kTileCols, cols - j);
       if (!s.kept)
-        pack_rows<kTileCols>(w, chunk + j, count, s.dim, w_rows + j * words<Word>(s.dim));
-      if (g.d_x) pack_columns<kTileCols>(w, chunk + j, count, s.dim, cols, j, w_columns + 0);
+        pack_rows<Side::right>(w, chunk + j, count, s.dim, w_rows + j * words<Word>(s.dim));
+      if (g.d_x) pack_columns<Side::right>(w, chunk + j, count, s.dim, cols, j, w_columns + 0);
     });
   }
 
   // Gradients of the scores of a block of rows, and what they add to the gradient of x.
   void row_task(int64_t start, int thread) {
-    const int64_t count = std::min(kBlock, rows - start);
+    const TileRegisters registers;
+    const int64_t count = std::min(kBlock<T>, rows - start);
     const Tile tile = tile_at(s, first + start, chunk, tiles, thread);
     Word* panels = scratch + thread * scratch_size;
     if (!s.kept) score_tile(s, first + start, count, chunk, cols, w_rows + 0, panels, tile);
@@ -292,26 +296,28 @@ class SoftmaxBackward {
     for (int64_t i = 0; i < count; ++i)
       differentiate(s, g, first + start + i, chunk, cols, tile[i], d_tile + i * kPitch<T>);
     if (g.d_x) {
-      pack_rows<kTileRows>(Rows<ScoreGradient<T>>{d_tile, kPitch<T>}, 0, count, cols, panels);
+      pack_rows<Side::left>(Rows<ScoreGradient<T>>{d_tile, kPitch<T>}, 0, count, cols, panels);
       multiply(count, s.dim, cols, panels, w_columns + 0, g.d_x + (first + start) * s.dim, s.dim,
                chunk > 0);
     }
     if (g.d_w)
-      pack_columns<kTileCols>(Rows<T>{s.x, s.dim, s.index}, first + start, count, s.dim, rows,
-                              start, x_columns + 0);
+      pack_columns<Side::right>(Rows<T>{s.x, s.dim, s.index}, first + start, count, s.dim, rows,
+                                start, x_columns + 0);
   }
 
   // What the region's rows add to the gradients of w and bias.
   void column_tasks() {
     const int64_t dim_blocks = g.d_w ? ceil_div(s.dim, kDimBlock) : 1;
-    parallel_for(ceil_div(cols, kBlock) * dim_blocks, s.threads, [&](int64_t task, int thread) {
-      const int64_t start = task / dim_blocks * kBlock, dim_start = task % dim_blocks * kDimBlock;
-      const int64_t count = std::min(kBlock, cols - start);
+    parallel_for(ceil_div(cols, kBlock<T>) * dim_blocks, s.threads, [&](int64_t task, int thread) {
+      const int64_t start = task / dim_blocks * kBlock<T>,
+                    dim_start = task % dim_blocks * kDimBlock;
+      const int64_t count = std::min(kBlock<T>, cols - start);
       if (g.d_bias && dim_start == 0) add_columns(start, count);
       if (!g.d_w) return;
+      const TileRegisters registers;
       Word* panels = scratch + thread * scratch_size;
-      pack_columns<kTileRows>(Rows<ScoreGradient<T>>{gradient(0) + start, kPitch<T>}, 0, rows,
-                              count, rows, 0, panels);
+      pack_columns<Side::left>(Rows<ScoreGradient<T>>{gradient(0) + start, kPitch<T>}, 0, rows,
+                               count, rows, 0, panels);
       multiply(count, std::min(kDimBlock, s.dim - dim_start), rows, panels,
                x_columns + dim_start * words<Word>(rows), d_w_row(start) + dim_start, s.dim,
                first > 0);
@@ -330,8 +336,8 @@ class SoftmaxBackward {
       for (int64_t j = 0; j < cols; ++j)
         g.d_bias[chunk + j] = from_float<T>(s.rows ? static_cast<float>(d_bias[j]) : 0.0f);
     if (!g.d_w || (kInPlace && s.rows)) return;
-    parallel_for(ceil_div(cols, kBlock), s.threads, [&](int64_t block, int) {
-      for (int64_t j = block * kBlock; j < std::min(cols, (block + 1) * kBlock); ++j) {
+    parallel_for(ceil_div(cols, kBlock<T>), s.threads, [&](int64_t block, int) {
+      for (int64_t j = block * kBlock<T>; j < std::min(cols, (block + 1) * kBlock<T>); ++j) {
         const float* from = d_w_row(j);
         T* to = g.d_w + (chunk + j) * s.dim;
         for (int64_t d = 0; d < s.dim; ++d) to[d] = from_float<T>(s.rows ? from[d] : 0.0f);

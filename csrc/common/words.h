@@ -29,6 +29,25 @@ using WordOf = float;
 template <typename Word>
 constexpr int kPerWord = std::is_same_v<Word, Bfloat16Pair> ? 2 : 1;
 
+// Whether products of such words are made in tile registers (common/amx.h).
+#ifdef __AMX_BF16__
+template <typename Word>
+constexpr bool kInTiles = kPerWord<Word> == 2;
+#else
+template <typename Word>
+constexpr bool kInTiles = false;
+#endif
+
+// Depth is filled up with zeros to a multiple of so many words, which a product takes at once.
+template <typename Word>
+constexpr int64_t kDepthStep = kInTiles<Word> ? kLanes : 1;
+
+// Words of a depth.
+template <typename Word>
+int64_t words(int64_t depth) {
+  return round_up(ceil_div(depth, kPerWord<Word>), kDepthStep<Word>);
+}
+
 // Words travel in Lanes, as bits.
 template <typename Word>
 inline Lanes load_words(const Word* from) {

@@ -70,8 +70,8 @@ template <typename T>
 void forward(const InfoNceParams& p, const Scores<T>& s) {
   std::vector<RowStats> stats(p.queries);
   softmax_forward(s, stats);
-  parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
-    for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
+  parallel_for(ceil_div(p.queries, kBlock<T>), p.threads, [&](int64_t block, int) {
+    for (int64_t b = block * kBlock<T>; b < std::min(p.queries, (block + 1) * kBlock<T>); ++b) {
       for (int64_t k = 0; k < p.hard; ++k) {
         float row[kLanes];
         std::fill(row, row + kLanes, kMasked);
@@ -100,8 +100,8 @@ void backward(const InfoNceParams& p, const Scores<T>& s) {
   g.moment = p.d_temperature ? moment.data() : nullptr;
   g.anchor = anchor.data();
   if (g.d_x || g.d_w || g.moment) softmax_backward(s, g);
-  parallel_for(ceil_div(p.queries, kBlock), p.threads, [&](int64_t block, int) {
-    for (int64_t b = block * kBlock; b < std::min(p.queries, (block + 1) * kBlock); ++b) {
+  parallel_for(ceil_div(p.queries, kBlock<T>), p.threads, [&](int64_t block, int) {
+    for (int64_t b = block * kBlock<T>; b < std::min(p.queries, (block + 1) * kBlock<T>); ++b) {
       float* d_query = g.d_x ? g.d_x + b * p.dim : nullptr;
       for (int64_t k = 0; k < p.hard; ++k)
         moment[b] += differentiate_hard<T>(p, b, k, anchor[b], d_query);

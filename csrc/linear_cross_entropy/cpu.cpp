@@ -61,8 +61,8 @@ void linear_cross_entropy_backward(const LinearCrossEntropyParams& p) {
     g.d_bias = static_cast<T*>(p.d_bias);
     softmax_backward(s, g);
     if (!p.d_hidden) return;
-    parallel_for(ceil_div(p.rows, kBlock), p.threads, [&](int64_t block, int) {
-      for (int64_t i = block * kBlock; i < std::min(p.rows, (block + 1) * kBlock); ++i) {
+    parallel_for(ceil_div(p.rows, kBlock<T>), p.threads, [&](int64_t block, int) {
+      for (int64_t i = block * kBlock<T>; i < std::min(p.rows, (block + 1) * kBlock<T>); ++i) {
         T* to = static_cast<T*>(p.d_hidden) + p.index[i] * p.dim;
         for (int64_t d = 0; d < p.dim; ++d) to[d] = from_float<T>(d_x.get()[i * p.dim + d]);
       }

@@ -1,12 +1,7 @@
 // Independent chains of multiply-adds, as many as hide the latency and still fit in registers.
-#include "peak/peak.h"
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
+#include "common/amx.h"
 #include "common/parallel.h"
-#include "common/simd.h"
+#include "peak/peak.h"
 
 namespace moca::MOCA_ISA {
 namespace {
@@ -40,7 +35,18 @@ double multiply_add(int64_t steps) {
 }
 
 double dot_product([[maybe_unused]] int64_t steps) {
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__)
+  const TileRegisters registers;
+  clear_tile<4>();
+  clear_tile<5>();
+  for (int64_t step = 0; step < steps; ++step) {
+    multiply_add_tiles<0, 4, 5>();
+    multiply_add_tiles<1, 4, 5>();
+    multiply_add_tiles<2, 4, 5>();
+    multiply_add_tiles<3, 4, 5>();
+  }
+  return 4 * 4.0 * kTileSide * kTileSide * kTileSide * static_cast<double>(steps);
+#elif defined(__AVX512BF16__)
   Lanes zeros{}, sum[kChains] = {};
   hide(zeros);
   hide(sum);
