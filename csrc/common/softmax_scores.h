@@ -52,14 +52,25 @@ struct Scores {
 };
 
 // Columns whose panels are packed together: half of the most where three panels, of which w has
-// two, would pass 4 MiB and a 32nd of the array of scores. Sums are cut at the same places whatever
+// two, would pass `kSmall` and a 32nd of the array of scores. Products in tile registers are so
+// fast that packing and sums of half the width cost more. Sums are cut at the same places whatever
 // the region.
 template <typename T>
 int64_t chunk_width(const Scores<T>& s) {
-  constexpr int64_t kSmall = int64_t{4} << 20;  // bytes
+  constexpr int64_t kSmall = int64_t{kInTiles<WordOf<T>> ? 16 : 4} << 20;  // bytes
   const int64_t panel = kChunk<T> * words<WordOf<T>>(s.dim) * sizeof(WordOf<T>);
   const int64_t scores = s.rows * s.cols * sizeof(T);
   return 3 * panel <= std::max(kSmall, scores / 32) ? kChunk<T> : kChunk<T> / 2;
+}
+
+// Rows whose gradients are held together: about as many as columns, or enough for every thread, so
+// that no small region is left at the end.
+template <typename T>
+int64_t region_height(const Scores<T>& s) {
+  const int64_t usual = std::max(chunk_width(s), s.threads * kBlock<T>);
+  const int64_t regions = std::max<int64_t>(1, (s.rows + usual / 2) / usual);
+  constexpr int64_t kStep = kDepth<WordOf<T>> * kPerWord<WordOf<T>>;
+  return std::min(s.rows, round_up(ceil_div(s.rows, regions), kStep));
 }
 
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
@@ -237,7 +248,7 @@ class SoftmaxBackward {
       : s(scores),
         g(gradients),
         width(std::min(chunk_width(s), s.cols)),
-        region(std::min(s.rows, chunk_width(s) * ceil_div(s.threads, chunk_width(s) / kBlock<T>))),
+        region(region_height(s)),
         scratch_size(kBlock<T> *
                      std::max({words<Word>(s.dim), words<Word>(width), words<Word>(region)})),
         w_rows(s.kept ? 0 : round_up(width, kTileCols) * words<Word>(s.dim)),
