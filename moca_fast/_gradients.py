@@ -21,12 +21,13 @@ def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> 
     )
 
 
-def made_with_loss(tensor: Tensor, backend: str) -> bool:
-    """Whether gradients are made along with the loss of `tensor`, by all but the CPU's kernels:
-    those hold so little at a time that they form scores twice, unless there are few scores, and
-    to scale what was kept would only add a copy.
+def made_with_loss(tensor: Tensor, backend: str, few: bool = False) -> bool:
+    """Whether gradients are made along with the loss of `tensor`: by all but the CPU's kernels.
+
+    Those hold so little at a time that they form scores twice, and to scale what was kept would
+    only add a copy; where `few` scores are, and so held, they do as the others.
     """
-    return tensor.device.type != "cpu" or backend not in ("auto", "cpu")
+    return few or tensor.device.type != "cpu" or backend not in ("auto", "cpu")
 
 
 def keep_gradients(ctx: Any, output: Sequence[Tensor]) -> None:

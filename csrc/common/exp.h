@@ -9,8 +9,7 @@
 
 namespace moca::MOCA_ISA {
 
-// 2^n * y for a whole n of at most 127 for which that is no subnormal number; where there is an
-// instruction for it, for every n down to -inf.
+// 2^n * y for a whole n of at most 127 for which that is no subnormal number (those are slow).
 inline Lanes times_power_of_2(Lanes y, Lanes n) {
 #ifdef __AVX512F__
   // The plain forms read an undefined register in the headers of GCC 12, which then warns.
@@ -42,9 +41,9 @@ inline Lanes exp_lanes(Lanes x) {
 
 #ifdef __AVX512BF16__
 // The same for weights that are rounded to bfloat16: off by no more than 2^-16 of the value, and
-// 2^-18 where x > -20. x log2 e = n + r with |r| <= 1/2.
+// 2^-18 where x > -20. x log2 e = n + r with |r| <= 1/2, and a polynomial in r.
 inline Lanes exp_for_bfloat16(Lanes x) {
-  constexpr int kNearest = 0;  // whole number; the rest of an infinity is 0
+  constexpr int kNearest = 0;
   const Lanes power = x * 1.44269504088896341f;
   const Lanes r = reinterpret_cast<Lanes>(
       _mm512_maskz_reduce_ps(0xffff, reinterpret_cast<__m512>(power), kNearest));
@@ -52,7 +51,7 @@ inline Lanes exp_for_bfloat16(Lanes x) {
   y = y * r + 0.24024099f;
   y = y * r + 0.6931242f;
   y = y * r + 1.0f;
-  return times_power_of_2(y, power - r);
+  return x < -87.33f ? Lanes{} : times_power_of_2(y, power - r);
 }
 #endif
 

@@ -27,8 +27,7 @@ def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
 def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
     inputs = _contiguous(tensors)
     d_loss = d_loss.contiguous()
-    grads = _gradients(inputs, needs)
-    addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]
+    grads, addresses = _gradients(inputs, needs)
     _C.info_nce_backward(_params(lse, inputs), d_loss.data_ptr(), *addresses)
     return grads
 
@@ -39,19 +38,21 @@ def forward_with_gradients(needs: list[bool], *tensors: Any) -> tuple[Tensor, ..
     loss = torch.empty(queries, dtype=torch.float32)
     lse = torch.empty(queries, dtype=torch.float64)
     d_loss = torch.ones_like(loss)
-    grads = _gradients(inputs, needs)
-    addresses = [g.data_ptr() if need else 0 for g, need in zip(grads, needs, strict=True)]
+    grads, addresses = _gradients(inputs, needs)
     _C.info_nce_with_gradients(_params(lse, inputs), loss.data_ptr(), d_loss.data_ptr(), *addresses)
     return loss.sum(), *grads
 
 
-def _gradients(inputs: Inputs, needs: list[bool]) -> tuple[Tensor, ...]:
-    """Unwritten gradients of query, document, hard_negatives and temperature."""
+def _gradients(inputs: Inputs, needs: list[bool]) -> tuple[tuple[Tensor, ...], list[int]]:
+    """Unwritten gradients of query, document, hard_negatives and temperature, and where they are:
+    (0,) and 0 where none is needed.
+    """
     wanted = (inputs.query, inputs.document, inputs.hard_negatives, inputs.temperature)
-    return tuple(
+    grads = tuple(
         empty_like(tensor) if need and tensor is not None else inputs.query.new_empty(0)
         for tensor, need in zip(wanted, needs, strict=True)
     )
+    return grads, [grad.data_ptr() if need else 0 for grad, need in zip(grads, needs, strict=True)]
 
 
 def _contiguous(tensors: tuple[Tensor | None, ...]) -> Inputs:

@@ -97,7 +97,7 @@ def info_nce(
     if reduction == "none":
         return torch.ops.moca_fast.info_nce(*call)[0]
     few = query.shape[0] * document.shape[0] <= FEW_SCORES
-    if torch.is_grad_enabled() and any(needs) and (few or made_with_loss(query, backend)):
+    if torch.is_grad_enabled() and any(needs) and made_with_loss(query, backend, few):
         loss = torch.ops.moca_fast.info_nce_with_gradients(*call, needs)[0]
     else:
         loss = torch.ops.moca_fast.info_nce(*call)[0].sum()

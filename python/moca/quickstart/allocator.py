@@ -1,9 +1,10 @@
 """Finds tcmalloc, or fetches it, and prints the path of the library for LD_PRELOAD.
 
 No two steps of training have the same number of tokens, so every step frees memory in sizes that
-the next one does not ask for. glibc's allocator leaves gaps (700 contrastive steps of the
-quickstart: 8.7 GiB) where tcmalloc reuses them (2.4 GiB), and asks the system for fresh memory,
-which must be cleared. Peaks of resident memory as measured on a machine with 2 cores.
+the next one does not ask for. glibc's allocator leaves gaps where tcmalloc reuses them, and asks
+the system for fresh memory, which must be cleared. 350 contrastive steps of the quickstart on a
+machine with 2 cores, resident memory at its peak: 6.5 GiB and 235 s with glibc told to keep what is
+freed, 2.4 GiB and 204 s with tcmalloc.
 """
 
 from __future__ import annotations
