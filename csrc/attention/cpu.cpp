@@ -110,20 +110,23 @@ void attention_forward(const AttentionParams& p) {
     const Pass forward(p);
     const int64_t group = p.heads / p.kv_heads, step = std::min(group, kHeads);
     struct Task {
-      int64_t tile, first_head, last_head;
+      int64_t tile, first_head, last_head, ahead;
     };
     std::vector<Task> tasks;  // those that share keys, or neighbouring memory, follow each other
-    for (const Unit& unit : split_units(p.queries))
+    for (const Unit& unit : split_units(p.queries)) {
+      // Threads take turns, so the heads of short documents follow each other `ahead` apart.
+      const int64_t ahead = unit.last_tile - unit.first_tile == 1 ? p.threads * step : 0;
       for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
         for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h += step)
           for (int64_t tile = unit.first_tile; tile < unit.last_tile; ++tile)
-            tasks.push_back({tile, h, std::min(h + step, (kv_head + 1) * group)});
+            tasks.push_back({tile, h, std::min(h + step, (kv_head + 1) * group), ahead});
+    }
     MemoryPool<typename Pass::Memory> pool(p.threads, [&] {
       return std::make_unique<typename Pass::Memory>(longest_tile(p.queries), step, forward.width);
     });
     pool.run(tasks.size(), [&](int64_t t, auto& memory) {
       const Task& task = tasks[t];
-      forward.run(p.queries.tiles[task.tile], task.first_head, task.last_head, memory);
+      forward.run(p.queries.tiles[task.tile], task.first_head, task.last_head, task.ahead, memory);
     });
   });
 }

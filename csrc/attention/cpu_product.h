@@ -154,20 +154,29 @@ inline Lanes dot_columns(int64_t depth, const Word* a, const Word* b) {
   return total;
 }
 
-// One (tokens, D) head of a packed tensor. Tokens outside [begin, end) read as zeros.
+// One (tokens, D) head of a packed tensor. Tokens outside [begin, end) read as zeros. What is read
+// of a token is fetched `ahead` heads on, too, if the caller will come there next.
 template <typename T>
 struct Head {
-  Head(const void* base, Strides strides, int64_t head, int64_t begin, int64_t end)
+  Head(const void* base, Strides strides, int64_t head, int64_t begin, int64_t end,
+       int64_t ahead = 0)
       : data(static_cast<const T*>(base) + head * strides.head),
         stride(strides.token),
+        ahead(ahead * strides.head),
         begin(begin),
         end(end) {}
   const T* operator[](int64_t token) const {
     static const T kZeros[kMaxDim] = {};
     return token >= begin && token < end ? data + token * stride : kZeros;
   }
+  template <typename Word>
+  Lanes words(int64_t token, int64_t d, int64_t dim) const {
+    const T* row = (*this)[token];
+    __builtin_prefetch(row + ahead + d);
+    return words_of<Word>(row + d, dim - d);
+  }
   const T* data;
-  int64_t stride, begin, end;
+  int64_t stride, ahead, begin, end;
 };
 
 // Tokens [begin, end) as rows of a left operand, with depth along D.
@@ -176,7 +185,7 @@ void pack_left(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Wor
   constexpr int64_t kStep = kLanes * kPerWord<Word>;
   for (int64_t i = begin; i < end; ++i, to += kPitch)
     for (int64_t d = 0; d < dim; d += kStep)
-      store_words(to + d / kPerWord<Word>, words_of<Word>(head[i] + d, dim - d));
+      store_words(to + d / kPerWord<Word>, head.template words<Word>(i, d, dim));
 }
 
 // Tokens [begin, end) as columns of a right operand, with depth along D; whole panels are filled.
@@ -189,7 +198,7 @@ void pack_dims(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Wor
       for (int64_t d = 0; d < dim; d += kStep) {
         Lanes x[kLanes];
 #pragma GCC unroll 16
-        for (int r = 0; r < kLanes; ++r) x[r] = words_of<Word>(head[i + part + r] + d, dim - d);
+        for (int r = 0; r < kLanes; ++r) x[r] = head.template words<Word>(i + part + r, d, dim);
         transpose(x);
         const int64_t first = d / kPerWord<Word>;
 #pragma GCC unroll 16
@@ -206,6 +215,8 @@ void pack_tokens(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, W
   for (int64_t i = begin; i < last; i += kPerWord<Word>, to += kPanel)
     for (int64_t d = 0; d < dim; d += kLanes) {
       Word* at = to + d / kPanel * pitch + d % kPanel;
+      __builtin_prefetch(head[i] + head.ahead + d);
+      __builtin_prefetch(head[i + kPerWord<Word> - 1] + head.ahead + d);
       if constexpr (kPerWord<Word> == 1)
         store_words(at, words_of<Word>(head[i] + d, dim - d));
       else
