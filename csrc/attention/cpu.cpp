@@ -110,7 +110,8 @@ void attention_forward(const AttentionParams& p) {
     const Pass forward(p);
     const int64_t group = p.heads / p.kv_heads, step = std::min(group, kHeads);
     struct Task {
-      int64_t tile, first_head, last_head, ahead;
+      int64_t tile;
+      HeadRange heads;
     };
     std::vector<Task> tasks;  // those that share keys, or neighbouring memory, follow each other
     for (const Unit& unit : split_units(p.queries)) {
@@ -119,14 +120,14 @@ void attention_forward(const AttentionParams& p) {
       for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
         for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h += step)
           for (int64_t tile = unit.first_tile; tile < unit.last_tile; ++tile)
-            tasks.push_back({tile, h, std::min(h + step, (kv_head + 1) * group), ahead});
+            tasks.push_back({tile, {h, std::min(h + step, (kv_head + 1) * group), ahead}});
     }
     MemoryPool<typename Pass::Memory> pool(p.threads, [&] {
       return std::make_unique<typename Pass::Memory>(longest_tile(p.queries), step, forward.width);
     });
     pool.run(tasks.size(), [&](int64_t t, auto& memory) {
       const Task& task = tasks[t];
-      forward.run(p.queries.tiles[task.tile], task.first_head, task.last_head, task.ahead, memory);
+      forward.run(p.queries.tiles[task.tile], task.heads, memory);
     });
   });
 }

@@ -9,6 +9,7 @@ namespace moca::MOCA_ISA {
 
 constexpr int64_t kKeys = 256;    // keys of a block
 constexpr int64_t kQueries = 96;  // queries of a tile: the depth of the sums for dK and dV
+static_assert(kQueries <= 2 * kTurnedDepth);
 
 // Working memory of a thread in the backward pass.
 template <typename Word>

@@ -31,6 +31,11 @@ void store_row(const float* from, float factor, int64_t dim, T* to) {
   for (int64_t d = 0; d < dim; ++d) to[d] = from_float<T>(from[d] * factor);
 }
 
+// Heads [first, last) of a task. The thread is expected `ahead` heads on next, if not 0.
+struct HeadRange {
+  int64_t first, last, ahead;
+};
+
 // Working memory of a thread in the forward pass, for up to `rows` rows and `heads` heads.
 template <typename Word>
 struct ForwardMemory {
@@ -61,18 +66,15 @@ class Forward {
   explicit Forward(const AttentionParams& params)
       : p(params), width(round_up(p.dim, kPanel)), depth(words<Word>(p.dim)) {}
 
-  // Heads [first_head, last_head), which share a key head, of the queries of a tile. The thread is
-  // expected `ahead` heads on next, if not 0.
-  void run(const Tile& tile, int64_t first_head, int64_t last_head, int64_t ahead,
-           Memory& m) const {
+  // Some heads, which share a key head, of the queries of a tile.
+  void run(const Tile& tile, const HeadRange& heads, Memory& m) const {
     const TileRegisters registers;
-    const int64_t kv_head = first_head / (p.heads / p.kv_heads);
+    const int64_t kv_head = heads.first / (p.heads / p.kv_heads);
     for_each_document(p.queries, tile.row_begin, tile.row_end, [&](const Slice& slice) {
       const Head<T> v(p.v, p.v_strides, kv_head, slice.key_begin, slice.key_end);
-      if (!is_masked(p.queries, slice) || all_finite(v, p.dim))
-        return run_slice(slice, first_head, last_head, ahead, m);
+      if (!is_masked(p.queries, slice) || all_finite(v, p.dim)) return run_slice(slice, heads, m);
       for (int64_t i = slice.begin; i < slice.end; ++i)
-        run_slice({i, i + 1, slice.key_begin, p.queries.end[i]}, first_head, last_head, ahead, m);
+        run_slice({i, i + 1, slice.key_begin, p.queries.end[i]}, heads, m);
     });
   }
 
@@ -80,15 +82,14 @@ class Forward {
   const int64_t width, depth;
 
  private:
-  void run_slice(const Slice& slice, int64_t first_head, int64_t last_head, int64_t ahead,
-                 Memory& m) const {
-    const int64_t rows = slice.end - slice.begin, heads = last_head - first_head;
-    const int64_t group = p.heads / p.kv_heads, kv_head = first_head / group;
+  void run_slice(const Slice& slice, const HeadRange& range, Memory& m) const {
+    const int64_t rows = slice.end - slice.begin, heads = range.last - range.first;
+    const int64_t group = p.heads / p.kv_heads, kv_head = range.first / group;
     const int64_t seen_begin = p.queries.start[slice.begin], seen_end = slice.key_end;
-    const Head<T> k(p.k, p.k_strides, kv_head, seen_begin, seen_end, ahead / group);
-    const Head<T> v(p.v, p.v_strides, kv_head, seen_begin, seen_end, ahead / group);
+    const Head<T> k(p.k, p.k_strides, kv_head, seen_begin, seen_end, range.ahead / group);
+    const Head<T> v(p.v, p.v_strides, kv_head, seen_begin, seen_end, range.ahead / group);
     for (int64_t h = 0; h < heads; ++h)
-      pack_left(Head<T>(p.q, p.q_strides, first_head + h, slice.begin, slice.end, ahead),
+      pack_left(Head<T>(p.q, p.q_strides, range.first + h, slice.begin, slice.end, range.ahead),
                 slice.begin, slice.end, p.dim, m.queries_at(h * rows));
     std::fill_n(m.sums.get(), heads * rows * width, 0.0f);
     std::fill_n(m.totals.get(), heads * rows * kLanes, 0.0f);
@@ -104,7 +105,7 @@ class Forward {
     }
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t i = slice.begin; i < slice.end; ++i)
-        finish_row(m, h * rows + i - slice.begin, i, first_head + h);
+        finish_row(m, h * rows + i - slice.begin, i, range.first + h);
   }
 
   // Folds keys [begin, end), which are packed, into the sums of `count` rows from `first`, which

@@ -75,6 +75,9 @@ inline void multiply_tile(int64_t rows, int64_t depth, const Product<Word>& x, b
   }
 }
 
+// Most words of depth of a left operand that lies by columns and is multiplied in tile registers.
+constexpr int64_t kTurnedDepth = 64;
+
 #ifdef __AMX_BF16__
 
 // The left operand by rows, with zeros from word `depth` on, where it lies by columns.
@@ -89,11 +92,11 @@ class Turned {
           square[i] = k + i < depth ? load_words(a + (k + i) * kPitch + row) : Lanes{};
         transpose(square);
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i) store_words(words + (row + i) * kWidth + k, square[i]);
+        for (int64_t i = 0; i < kLanes; ++i)
+          store_words(words + (row + i) * kTurnedDepth + k, square[i]);
       }
   }
-  static constexpr int64_t kWidth = 64;
-  alignas(64) Bfloat16Pair words[kRows<Bfloat16Pair> * kWidth];
+  alignas(64) Bfloat16Pair words[kRows<Bfloat16Pair> * kTurnedDepth];
 };
 
 // The product in tile registers.
@@ -113,7 +116,7 @@ inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Bfloa
   if constexpr (kLeft == Left::rows) return run();
   const Turned turned(rows, depth, x.a);
   product.a = turned.words;
-  product.a_pitch = Turned::kWidth;
+  product.a_pitch = kTurnedDepth;
   run();
 }
 
@@ -215,8 +218,8 @@ void pack_tokens(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, W
   for (int64_t i = begin; i < last; i += kPerWord<Word>, to += kPanel)
     for (int64_t d = 0; d < dim; d += kLanes) {
       Word* at = to + d / kPanel * pitch + d % kPanel;
-      __builtin_prefetch(head[i] + head.ahead + d);
-      __builtin_prefetch(head[i + kPerWord<Word> - 1] + head.ahead + d);
+      for (int next = 0; next < kPerWord<Word>; ++next)
+        __builtin_prefetch(head[i + next] + head.ahead + d);
       if constexpr (kPerWord<Word> == 1)
         store_words(at, words_of<Word>(head[i] + d, dim - d));
       else
