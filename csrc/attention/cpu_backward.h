@@ -14,20 +14,21 @@ static_assert(kQueries <= 2 * kTurnedDepth);
 // Working memory of a thread in the backward pass.
 template <typename Word>
 struct BackwardMemory {
-  static constexpr int64_t kSlack = kRows<Word>;
+  // Products read so many rows of a left operand, whatever number is asked for.
+  static constexpr int64_t kBlockRows = kRows<Word>;
   BackwardMemory(int64_t width, int64_t d_q_size)
       : k_dims(kKeys * width),
         v_dims(kKeys * width),
         k_tokens(kKeys * width),
         q_tokens(kQueries * width),
         d_out_tokens(kQueries * width),
-        q_rows((kQueries + kSlack) * kPitch),
-        d_out_rows((kQueries + kSlack) * kPitch),
+        q_rows((kQueries + kBlockRows) * kPitch),
+        d_out_rows((kQueries + kBlockRows) * kPitch),
         weights(kQueries * kPitch),
         d_score_columns(kQueries * kPitch),
-        d_score_rows((kQueries + kSlack) * kPitch),
-        scores(kSlack * kPitch),
-        d_weights(kSlack * kPitch),
+        d_score_rows((kQueries + kBlockRows) * kPitch),
+        scores(kBlockRows * kPitch),
+        d_weights(kBlockRows * kPitch),
         d_k(kKeys * width),
         d_v(kKeys * width),
         d_q(d_q_size) {}

@@ -39,12 +39,13 @@ struct HeadRange {
 // Working memory of a thread in the forward pass, for up to `rows` rows and `heads` heads.
 template <typename Word>
 struct ForwardMemory {
-  static constexpr int64_t kSlack = kRows<Word>;
+  // Products read so many rows of a left operand, whatever number is asked for.
+  static constexpr int64_t kBlockRows = kRows<Word>;
   ForwardMemory(int64_t rows, int64_t heads, int64_t width)
       : keys(kColumns<Word> * width),
         values(kColumns<Word> * width),
-        queries((heads * rows + kSlack) * kPitch),
-        scores(kSlack * kPitch),
+        queries((heads * rows + kBlockRows) * kPitch),
+        scores(kBlockRows * kPitch),
         sums(heads * rows * width),
         totals(heads * rows * kLanes),
         peaks(heads * rows) {}
