@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moca_fast import _memory
+HELD_SCORES = 4 << 20  # so many float32 may be held on a CPU, in 16 MiB
+PART_ROWS = 96  # as many rows use what is packed for them; fewer would mostly pack
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -21,37 +22,57 @@ def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> 
     )
 
 
-def made_with_loss(tensor: Tensor, backend: str, few: bool = False) -> bool:
-    """Whether gradients are made along with the loss of `tensor`: by all but the CPU's kernels.
+def made_with_loss(tensor: Tensor, backend: str, held: int) -> bool:
+    """Whether gradients are made along with the loss of `tensor`: by all but the CPU's kernels,
+    and by those where the scores of `held` rows may be held at a time, and not of none."""
+    return held > 0 or tensor.device.type != "cpu" or backend not in ("auto", "cpu")
 
-    Those hold so little at a time that they form scores twice, and to scale what was kept would
-    only add a copy; where `few` scores are, and so held, they do as the others.
+
+def held_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Rows whose scores the CPU's kernels hold at a time to make gradients with the loss; 0 where
+    they hold none, and make all scores again in the backward.
+
+    Over parts of the rows float32 gradients of the columns are summed where they belong; other
+    dtypes would need as much memory again for the sums.
     """
-    return few or tensor.device.type != "cpu" or backend not in ("auto", "cpu")
+    if rows * columns <= HELD_SCORES:
+        return max(rows, 1)
+    return PART_ROWS if dtype == torch.float32 else 0
 
 
-def keep_gradients(ctx: Any, output: Sequence[Tensor]) -> None:
-    """Saves output[1:], the gradients that a forward has made of its loss, output[0]."""
+def keep_gradients(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    """Keeps output[1:], the gradients that an op has made of its loss, output[0]."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros as large as the gradients, for their own gradients
-    ctx.save_for_backward(*output[1:])
+    ctx.gradients = output[1:]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+    ctx.settings = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
-def scaled_gradients(ctx: Any, d_loss: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The saved gradients times d_loss (), None where not needed.
+def scaled_gradients(
+    ctx: Any, op: Any, d_loss: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that `op` made, times d_loss (), in their own memory; None where not needed.
+
+    The first backward gives what was kept away, so another one (retain_graph) makes it again.
 
     As a number d_loss would be rounded to their dtype first on a GPU; as a tensor of one it is not.
     On a CPU neither is, and the tensor would cost a copy of the gradient in float32.
     """
     if d_loss is None:
         return (None,) * len(needs)
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        saved = zip(ctx.saved_tensors, ctx.settings, strict=True)
+        gradients = op(*(other if tensor is None else tensor for tensor, other in saved))[1:]
     return tuple(
         torch.mul(
             grad,
             d_loss if grad.device.type == "cpu" else d_loss.expand([1] * grad.dim()),
-            out=_memory.empty_like(grad),
+            # While torch.compile traces, the op's outputs are not to be written.
+            out=grad if type(grad) is Tensor else torch.empty_like(grad),
         )
         if need
         else None
-        for grad, need in zip(ctx.saved_tensors, needs, strict=True)
+        for grad, need in zip(gradients, needs, strict=True)
     )

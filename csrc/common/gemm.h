@@ -28,6 +28,10 @@ constexpr int kTileRows = kInTiles<Word> ? kTileCols
 template <typename Word>
 constexpr int64_t kDepth = kInTiles<Word> ? 128 : 192;
 
+// Floats from row to row of a product of `cols` columns: an odd number of vectors. Rows a power of
+// two apart would drive each other out of the caches.
+constexpr int64_t product_pitch(int64_t cols) { return (ceil_div(cols, kLanes) | 1) * kLanes; }
+
 enum class Side { left, right };
 template <Side kSide, typename Word>
 constexpr int kPanelWidth = kSide == Side::left ? kTileRows<Word> : kTileCols;
@@ -191,6 +195,8 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const Word* a, const Wo
               int64_t stride, bool accumulate) {
   constexpr int kRows = kTileRows<Word>;
   const int64_t total = words<Word>(depth);
+  if (total == 0 && !accumulate)
+    for (int64_t i = 0; i < rows; ++i) std::fill_n(c + i * stride, cols, 0.0f);
   for (int64_t k = 0; k < total; k += kDepth<Word>) {
     const int64_t steps = std::min(kDepth<Word>, total - k);
     for (int64_t j = 0; j < cols; j += kTileCols)

@@ -30,8 +30,8 @@ using LooseLanes __attribute__((vector_size(sizeof(float) * kLanes), aligned(4),
     float;
 using IntLanes __attribute__((vector_size(sizeof(int32_t) * kLanes), may_alias)) = int32_t;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Uninitialised floats on a cache line boundary.
 class Buffer {

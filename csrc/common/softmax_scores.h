@@ -2,9 +2,9 @@
 // linear_cross_entropy and info_nce.
 //
 // Forward: for a chunk of columns (packed once) every block of rows makes its tile of scores and
-// folds it into the running peak and sum of its rows. Backward: tiles are made again (or, where
-// they are few, were kept by the forward), turned into gradients of the scores, kept for one chunk
-// x region at a time, and multiplied with w and x. Where the processor multiplies bfloat16,
+// folds it into the running peak and sum of its rows. Backward: tiles are made again, turned into
+// gradients of the scores, kept for one chunk x region at a time, and multiplied with w and x.
+// (common/held_scores.h does both at once for some rows.) Where the processor multiplies bfloat16,
 // gradients of bfloat16 scores are rounded to it first, as plain torch does; scores, probabilities
 // and all sums are float32. Every output element is summed by one task in a fixed order, whatever
 // the number of threads.
@@ -30,7 +30,7 @@ constexpr int64_t kDimBlock = 1024;  // dims of one task of the gradient of w
 template <typename T>
 constexpr int64_t kChunk = 384 * kPerWord<WordOf<T>>;  // a multiple of kDepth words
 template <typename T>
-constexpr int64_t kPitch = kChunk<T> + kLanes;  // from row to row of a tile: no power of two
+constexpr int64_t kPitch = product_pitch(kChunk<T>);  // from row to row of a tile
 
 // score(i, j) = (x[i] . w[j] + bias[j]) / divisor, or -inf where the ids of row and column agree
 // and j is not the row's target. Row i of the problem is row index[i] of x and of all row arrays.
@@ -46,8 +46,6 @@ struct Scores {
   int64_t rows, cols, dim;
   float divisor;
   int threads;
-  float* kept = nullptr;  // (rows, kept_pitch()) the forward's scores for the backward, or null
-  int64_t kept_pitch() const { return round_up(cols, kTileCols) + kLanes; }
   int64_t source(int64_t i) const { return index ? index[i] : i; }
 };
 
@@ -109,42 +107,31 @@ struct Panels {
   Buffer buffer;
 };
 
-// Scores of some rows and columns, rows `pitch` apart.
-struct Tile {
-  float* data;
-  int64_t pitch;
-  float* operator[](int64_t i) const { return data + i * pitch; }
-};
-
-// The place of the tile at row `first` and column `chunk`: where all scores are kept, or a
-// thread's.
+// Products of row i with `cols` columns from `chunk` become scores; the columns that fill up the
+// last panel are masked.
 template <typename T>
-Tile tile_at(const Scores<T>& s, int64_t first, int64_t chunk, const Buffer& tiles, int thread) {
-  if (s.kept) return {s.kept + first * s.kept_pitch() + chunk, s.kept_pitch()};
-  return {tiles.get() + thread * kBlock<T> * kPitch<T>, kPitch<T>};
+void finish_scores(const Scores<T>& s, int64_t i, int64_t chunk, int64_t cols, float* scores) {
+  const int64_t row = s.source(i);
+  if (s.bias)
+    for (int64_t j = 0; j < cols; ++j) scores[j] += to_float(s.bias[chunk + j]);
+  if (s.divisor != 1.0f)
+    for (int64_t j = 0; j < cols; ++j) scores[j] /= s.divisor;
+  if (s.row_ids) {
+    const int64_t id = s.row_ids[row], own = s.target[row] - chunk;
+    for (int64_t j = 0; j < cols; ++j)
+      scores[j] = s.col_ids[chunk + j] == id && j != own ? kMasked : scores[j];
+  }
+  std::fill(scores + cols, scores + round_up(cols, kTileCols), kMasked);
 }
 
-// The tile of scores of `rows` rows from `first` and `cols` columns from `chunk`; the columns
-// that fill up the last panel are masked.
+// The tile of scores, rows kPitch apart, of `rows` rows from `first` and `cols` columns from
+// `chunk`.
 template <typename T>
 void score_tile(const Scores<T>& s, int64_t first, int64_t rows, int64_t chunk, int64_t cols,
-                const WordOf<T>* w_panels, WordOf<T>* x_panels, Tile tile) {
+                const WordOf<T>* w_panels, WordOf<T>* x_panels, float* tile) {
   pack_rows<Side::left>(Rows<T>{s.x, s.dim, s.index}, first, rows, s.dim, x_panels);
-  multiply(rows, cols, s.dim, x_panels, w_panels, tile.data, tile.pitch, false);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = s.source(first + i);
-    float* scores = tile[i];
-    if (s.bias)
-      for (int64_t j = 0; j < cols; ++j) scores[j] += to_float(s.bias[chunk + j]);
-    if (s.divisor != 1.0f)
-      for (int64_t j = 0; j < cols; ++j) scores[j] /= s.divisor;
-    if (s.row_ids) {
-      const int64_t id = s.row_ids[row], own = s.target[row] - chunk;
-      for (int64_t j = 0; j < cols; ++j)
-        scores[j] = s.col_ids[chunk + j] == id && j != own ? kMasked : scores[j];
-    }
-    std::fill(scores + cols, scores + round_up(cols, kTileCols), kMasked);
-  }
+  multiply(rows, cols, s.dim, x_panels, w_panels, tile, kPitch<T>, false);
+  for (int64_t i = 0; i < rows; ++i) finish_scores(s, first + i, chunk, cols, tile + i * kPitch<T>);
 }
 
 template <typename T>
@@ -154,7 +141,7 @@ void softmax_forward(const Scores<T>& s, std::vector<RowStats>& stats) {
   const int64_t width = std::min(chunk_width(s), s.cols);
   const Panels<T> w_panels(round_up(width, kTileCols) * depth);
   const Panels<T> x_panels(threads * kBlock<T> * depth);
-  const Buffer tiles(s.kept ? 0 : threads * kBlock<T> * kPitch<T>);
+  const Buffer tiles(threads * kBlock<T> * kPitch<T>);
   for (int64_t chunk = 0; chunk < s.cols && s.rows > 0; chunk += width) {
     const int64_t cols = std::min(width, s.cols - chunk);
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
@@ -165,13 +152,14 @@ void softmax_forward(const Scores<T>& s, std::vector<RowStats>& stats) {
     parallel_for(blocks, threads, [&](int64_t block, int thread) {
       const TileRegisters registers;
       const int64_t first = block * kBlock<T>, rows = std::min(kBlock<T>, s.rows - first);
-      const Tile tile = tile_at(s, first, chunk, tiles, thread);
+      float* const tile = tiles.get() + thread * kBlock<T> * kPitch<T>;
       score_tile(s, first, rows, chunk, cols, w_panels + 0, x_panels + thread * kBlock<T> * depth,
                  tile);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t own = s.target[s.source(first + i)] - chunk;
-        if (own >= 0 && own < cols) stats[first + i].own = tile[i][own];
-        fold(stats[first + i], tile[i], cols);
+        const float* scores = tile + i * kPitch<T>;
+        if (own >= 0 && own < cols) stats[first + i].own = scores[own];
+        fold(stats[first + i], scores, cols);
       }
     });
   }
@@ -190,7 +178,8 @@ template <typename T>
 struct ScoreGradients {
   const double* lse;    // of each row of x
   const float* d_loss;  // of each row of x
-  float* d_x;           // (rows, dim) of the problem; overwritten
+  float* d_x;           // (rows, dim) of the problem, rows d_x_pitch apart; overwritten
+  int64_t d_x_pitch;
   T* d_w;               // (cols, dim)
   T* d_bias;            // (cols,)
   double* moment;       // (rows,) sum over columns of (score - anchor) * d_score; added to
@@ -212,13 +201,15 @@ inline void store_gradients(bfloat16* to, Lanes low, Lanes high) {
 }
 #endif
 
-// Scores of one row become the gradient of their numerators (score * divisor).
+// Scores of one row become the gradient of their numerators (score * divisor), which may take their
+// place.
 template <typename T>
 void differentiate(const Scores<T>& s, const ScoreGradients<T>& g, int64_t i, int64_t chunk,
                    int64_t cols, const float* scores, ScoreGradient<T>* d_scores) {
   const int64_t row = s.source(i), own = s.target[row] - chunk;
   const Probability probability(g.lse[row]);
-  const float scale = g.d_loss[row] / s.divisor;
+  const bool owned = own >= 0 && own < cols;
+  const float own_score = owned ? scores[own] : 0.0f, scale = g.d_loss[row] / s.divisor;
   const float anchor = g.moment ? g.anchor[i] : 0.0f;
   Lanes sum = {};
   for (int64_t j = 0; j < cols; j += kTileCols) {
@@ -231,10 +222,10 @@ void differentiate(const Scores<T>& s, const ScoreGradients<T>& g, int64_t i, in
     store_gradients(d_scores + j, d[0], d[1]);
   }
   double moment = sum_of(sum);
-  if (own >= 0 && own < cols) {
-    const float minus_one = static_cast<float>(std::expm1(scores[own] - g.lse[row]));
+  if (owned) {
+    const float minus_one = static_cast<float>(std::expm1(own_score - g.lse[row]));
     d_scores[own] = from_float<ScoreGradient<T>>(minus_one * scale);
-    moment -= double{scores[own]} - anchor;
+    moment -= double{own_score} - anchor;
   }
   if (g.moment) g.moment[i] += g.d_loss[row] * moment;
 }
@@ -249,15 +240,16 @@ class SoftmaxBackward {
         g(gradients),
         width(std::min(chunk_width(s), s.cols)),
         region(region_height(s)),
+        d_w_pitch(kInPlace ? s.dim : product_pitch(s.dim)),
         scratch_size(kBlock<T> *
                      std::max({words<Word>(s.dim), words<Word>(width), words<Word>(region)})),
-        w_rows(s.kept ? 0 : round_up(width, kTileCols) * words<Word>(s.dim)),
+        w_rows(round_up(width, kTileCols) * words<Word>(s.dim)),
         w_columns(g.d_x ? words<Word>(width) * round_up(s.dim, kTileCols) : 0),
         x_columns(g.d_w ? words<Word>(region) * round_up(s.dim, kTileCols) : 0),
         scratch(std::max(s.threads, 1) * scratch_size),
         d_scores(words<Word>(region * kPitch<T>)),
-        tiles(s.kept ? 0 : std::max(s.threads, 1) * kBlock<T> * kPitch<T>),
-        d_w(g.d_w && !kInPlace ? width * s.dim : 0),
+        tiles(std::max(s.threads, 1) * kBlock<T> * kPitch<T>),
+        d_w(g.d_w && !kInPlace ? width * d_w_pitch : 0),
         d_bias(g.d_bias ? width : 0) {}
 
   void run() {
@@ -282,16 +274,15 @@ class SoftmaxBackward {
   }
 
   float* d_w_row(int64_t j) const {
-    if constexpr (kInPlace) return g.d_w + (chunk + j) * s.dim;
-    return d_w.get() + j * s.dim;
+    if constexpr (kInPlace) return g.d_w + (chunk + j) * d_w_pitch;
+    return d_w.get() + j * d_w_pitch;
   }
 
   void pack_w() {
     const Rows<T> w{s.w, s.dim};
     parallel_for(ceil_div(cols, kTileCols), s.threads, [&](int64_t panel, int) {
       const int64_t j = panel * kTileCols, count = std::min<int64_t>(kTileCols, cols - j);
-      if (!s.kept)
-        pack_rows<Side::right>(w, chunk + j, count, s.dim, w_rows + j * words<Word>(s.dim));
+      pack_rows<Side::right>(w, chunk + j, count, s.dim, w_rows + j * words<Word>(s.dim));
       if (g.d_x) pack_columns<Side::right>(w, chunk + j, count, s.dim, cols, j, w_columns + 0);
     });
   }
@@ -300,16 +291,17 @@ class SoftmaxBackward {
   void row_task(int64_t start, int thread) {
     const TileRegisters registers;
     const int64_t count = std::min(kBlock<T>, rows - start);
-    const Tile tile = tile_at(s, first + start, chunk, tiles, thread);
+    float* const tile = tiles.get() + thread * kBlock<T> * kPitch<T>;
     Word* panels = scratch + thread * scratch_size;
-    if (!s.kept) score_tile(s, first + start, count, chunk, cols, w_rows + 0, panels, tile);
+    score_tile(s, first + start, count, chunk, cols, w_rows + 0, panels, tile);
     auto* d_tile = const_cast<ScoreGradient<T>*>(gradient(start));
     for (int64_t i = 0; i < count; ++i)
-      differentiate(s, g, first + start + i, chunk, cols, tile[i], d_tile + i * kPitch<T>);
+      differentiate(s, g, first + start + i, chunk, cols, tile + i * kPitch<T>,
+                    d_tile + i * kPitch<T>);
     if (g.d_x) {
       pack_rows<Side::left>(Rows<ScoreGradient<T>>{d_tile, kPitch<T>}, 0, count, cols, panels);
-      multiply(count, s.dim, cols, panels, w_columns + 0, g.d_x + (first + start) * s.dim, s.dim,
-               chunk > 0);
+      multiply(count, s.dim, cols, panels, w_columns + 0, g.d_x + (first + start) * g.d_x_pitch,
+               g.d_x_pitch, chunk > 0);
     }
     if (g.d_w)
       pack_columns<Side::right>(Rows<T>{s.x, s.dim, s.index}, first + start, count, s.dim, rows,
@@ -330,7 +322,7 @@ class SoftmaxBackward {
       pack_columns<Side::left>(Rows<ScoreGradient<T>>{gradient(0) + start, kPitch<T>}, 0, rows,
                                count, rows, 0, panels);
       multiply(count, std::min(kDimBlock, s.dim - dim_start), rows, panels,
-               x_columns + dim_start * words<Word>(rows), d_w_row(start) + dim_start, s.dim,
+               x_columns + dim_start * words<Word>(rows), d_w_row(start) + dim_start, d_w_pitch,
                first > 0);
     });
   }
@@ -358,7 +350,7 @@ class SoftmaxBackward {
 
   const Scores<T>& s;
   const ScoreGradients<T>& g;
-  const int64_t width, region, scratch_size;
+  const int64_t width, region, d_w_pitch, scratch_size;
   const Panels<T> w_rows, w_columns;  // a chunk of w, for the scores and for d_x
   const Panels<T> x_columns;          // a region of x, for d_w
   const Panels<T> scratch;            // of each thread

@@ -46,10 +46,14 @@ MOCA_BINDING(info_nce, m) {
           py::gil_scoped_release release;
           moca::info_nce_backward(p);
         });
-  m.def("info_nce_with_gradients", [=](const Params& given, uintptr_t loss, uintptr_t d_loss,
-                                       uintptr_t d_query, uintptr_t d_document,
+  m.def("info_nce_with_gradients", [=](const Params& given, int64_t held, uintptr_t loss,
+                                       uintptr_t d_loss, uintptr_t d_query, uintptr_t d_document,
                                        uintptr_t d_hard_negatives, uintptr_t d_temperature) {
     Params p = with_gradients(given, d_loss, d_query, d_document, d_hard_negatives, d_temperature);
+    moca::require(held > 0 || p.queries == 0, "info_nce: held: expected a number above 0");
+    moca::require(held >= p.queries || p.dtype == moca::DType::float32,
+                  "info_nce: held: expected all queries where gradients are not float32");
+    p.held = held;
     p.loss = moca::pointer<float>(loss);
     py::gil_scoped_release release;
     moca::info_nce_with_gradients(p);

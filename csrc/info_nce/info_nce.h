@@ -22,6 +22,7 @@ struct InfoNceParams {
   void* d_hard_negatives;       // (B, K, D) backward or null
   float* d_temperature;         // () backward or null
   int64_t queries, documents, hard, dim;
+  int64_t held;  // queries whose scores are held at a time, with gradients
   DType dtype;
   int threads;
 };
@@ -30,5 +31,6 @@ struct InfoNceParams {
 
 MOCA_KERNEL(info_nce_forward, InfoNceParams)
 MOCA_KERNEL(info_nce_backward, InfoNceParams)
-// Both at once, with all B x M scores held in float32 in between: three products in place of four.
+// Both at once, of `held` queries at a time, whose scores are held in between; all of them where
+// gradients are not float32.
 MOCA_KERNEL(info_nce_with_gradients, InfoNceParams)

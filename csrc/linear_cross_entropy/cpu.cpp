@@ -2,7 +2,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/softmax_scores.h"
+#include "common/held_scores.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace moca::MOCA_ISA {
@@ -34,40 +34,71 @@ Scores<T> scores(const LinearCrossEntropyParams& p) {
   return s;
 }
 
-}  // namespace
+void finish(const LinearCrossEntropyParams& p, int64_t i, const RowStats& stats) {
+  p.loss[p.index[i]] = stats.loss();
+  p.lse[p.index[i]] = stats.lse();
+}
 
-void linear_cross_entropy_forward(const LinearCrossEntropyParams& p) {
-  visit(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    std::vector<RowStats> stats(p.rows);
-    softmax_forward(scores<T>(p), stats);
-    for (int64_t i = 0; i < p.rows; ++i) {
-      p.loss[p.index[i]] = stats[i].loss();
-      p.lse[p.index[i]] = stats[i].lse();
+template <typename T>
+void forward(const LinearCrossEntropyParams& p) {
+  std::vector<RowStats> stats(p.rows);
+  softmax_forward(scores<T>(p), stats);
+  for (int64_t i = 0; i < p.rows; ++i) finish(p, i, stats[i]);
+}
+
+// Writes the gradients that softmax(s, g) makes.
+template <typename T, typename Softmax>
+void differentiate(const LinearCrossEntropyParams& p, Softmax&& softmax) {
+  const int64_t pitch = product_pitch(p.dim);
+  const Buffer d_x(p.d_hidden ? p.rows * pitch : 0);
+  ScoreGradients<T> g{};
+  g.lse = p.lse;
+  g.d_loss = p.d_loss;
+  g.d_x = p.d_hidden ? d_x.get() : nullptr;
+  g.d_x_pitch = pitch;
+  g.d_w = static_cast<T*>(p.d_weight);
+  g.d_bias = static_cast<T*>(p.d_bias);
+  softmax(scores<T>(p), g);
+  if (!p.d_hidden) return;
+  parallel_for(ceil_div(p.rows, kBlock<T>), p.threads, [&](int64_t block, int) {
+    for (int64_t i = block * kBlock<T>; i < std::min(p.rows, (block + 1) * kBlock<T>); ++i) {
+      T* to = static_cast<T*>(p.d_hidden) + p.index[i] * p.dim;
+      for (int64_t d = 0; d < p.dim; ++d) to[d] = from_float<T>(d_x.get()[i * pitch + d]);
     }
   });
 }
 
-void linear_cross_entropy_backward(const LinearCrossEntropyParams& p) {
-  visit(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const Scores<T> s = scores<T>(p);
-    const Buffer d_x(p.d_hidden ? p.rows * p.dim : 0);
-    ScoreGradients<T> g{};
-    g.lse = p.lse;
-    g.d_loss = p.d_loss;
-    g.d_x = p.d_hidden ? d_x.get() : nullptr;
-    g.d_w = static_cast<T*>(p.d_weight);
-    g.d_bias = static_cast<T*>(p.d_bias);
-    softmax_backward(s, g);
-    if (!p.d_hidden) return;
-    parallel_for(ceil_div(p.rows, kBlock<T>), p.threads, [&](int64_t block, int) {
-      for (int64_t i = block * kBlock<T>; i < std::min(p.rows, (block + 1) * kBlock<T>); ++i) {
-        T* to = static_cast<T*>(p.d_hidden) + p.index[i] * p.dim;
-        for (int64_t d = 0; d < p.dim; ++d) to[d] = from_float<T>(d_x.get()[i * p.dim + d]);
-      }
+template <typename T>
+void backward(const LinearCrossEntropyParams& p) {
+  differentiate<T>(p, [](const auto& s, const auto& g) { softmax_backward(s, g); });
+}
+
+template <typename T>
+void with_gradients(const LinearCrossEntropyParams& p) {
+  if (p.rows == 0) return backward<T>(p);
+  HeldScores<T> held(scores<T>(p), std::min(p.held, p.rows));
+  for (int64_t first = 0; first < p.rows; first += p.held) {
+    LinearCrossEntropyParams some = p;
+    some.index += first;
+    some.rows = std::min(p.held, p.rows - first);
+    differentiate<T>(some, [&](const auto& s, const auto& g) {
+      held.run(s, g, first > 0, [&](int64_t i, RowStats& stats) { finish(some, i, stats); });
     });
-  });
+  }
+}
+
+}  // namespace
+
+void linear_cross_entropy_forward(const LinearCrossEntropyParams& p) {
+  visit(p.dtype, [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(p); });
+}
+
+void linear_cross_entropy_backward(const LinearCrossEntropyParams& p) {
+  visit(p.dtype, [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(p); });
+}
+
+void linear_cross_entropy_with_gradients(const LinearCrossEntropyParams& p) {
+  visit(p.dtype, [&](auto* type) { with_gradients<std::remove_pointer_t<decltype(type)>>(p); });
 }
 
 }  // namespace moca::MOCA_ISA

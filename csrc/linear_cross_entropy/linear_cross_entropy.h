@@ -19,6 +19,7 @@ struct LinearCrossEntropyParams {
   void* d_weight;         // (V, D) backward or null
   void* d_bias;           // (V,) backward or null
   int64_t rows, tokens, vocabulary, dim;
+  int64_t held;  // rows whose logits are held at a time, with gradients
   DType dtype;
   int threads;
 };
@@ -27,3 +28,6 @@ struct LinearCrossEntropyParams {
 
 MOCA_KERNEL(linear_cross_entropy_forward, LinearCrossEntropyParams)
 MOCA_KERNEL(linear_cross_entropy_backward, LinearCrossEntropyParams)
+// Both at once, of `held` rows at a time, whose logits are held in between; all of them where
+// gradients are not float32.
+MOCA_KERNEL(linear_cross_entropy_with_gradients, LinearCrossEntropyParams)

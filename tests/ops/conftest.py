@@ -18,6 +18,17 @@ def poisoned_and_seeded():
         yield
 
 
+@pytest.fixture(params=["scores held", "parts held", "scores made again"])
+def scores(request, monkeypatch):
+    """The ways to a gradient on a CPU: which of them is taken depends on the shape."""
+    if request.param == "parts held":
+        monkeypatch.setattr("moca_fast._gradients.HELD_SCORES", 0)
+        monkeypatch.setattr("moca_fast._gradients.PART_ROWS", 7)
+    elif request.param == "scores made again":
+        for op in ("info_nce", "linear_cross_entropy"):
+            monkeypatch.setattr(f"moca_fast.ops.{op}.op.held_rows", lambda *_: 0)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """On a GPU, a test of the CUDA kernels is skipped, with the reason, where they do not take the

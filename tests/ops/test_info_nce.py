@@ -18,16 +18,16 @@ from torch import Tensor
 import moca_fast
 
 # B, M, K, D
-SHAPES = [(1, 1, 1, 1), (5, 9, 0, 3), (50, 77, 2, 33), (100, 801, 1, 70), (800, 40, 0, 9)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (4, 6, 1, 0),
+    (5, 9, 0, 3),
+    (50, 77, 2, 33),
+    (100, 801, 1, 70),
+    (800, 40, 0, 9),
+]
 TEMPERATURE = 0.5
-FEW_SCORES = "moca_fast.ops.info_nce.op.FEW_SCORES"
-
-
-@pytest.fixture(params=["scores kept", "scores made again"])
-def scores(request, monkeypatch):
-    """Both ways to a gradient on a CPU: what is few depends on the shape."""
-    if request.param == "scores made again":
-        monkeypatch.setattr(FEW_SCORES, 0)
+HELD_ROWS = "moca_fast.ops.info_nce.op.held_rows"
 
 
 def problem(batch: int, documents: int, hard: int, dim: int) -> list[Tensor]:
@@ -114,16 +114,19 @@ def test_exact_at_low_temperature(backend):
     shape=st.tuples(st.integers(4, 60), st.integers(4, 60), st.integers(0, 3), st.integers(4, 40)),
     kinds=st.integers(1, 30),
     seed=st.integers(0, 2**31),
-    few=st.sampled_from([0, 1 << 22]),
+    part=st.integers(1, 30),
 )
 @pytest.mark.kernel
-def test_exact_random_shapes(shape, kinds, seed, few):
+def test_exact_random_shapes(shape, kinds, seed, part):
     torch.manual_seed(seed)
     tensors, target = problem(*shape), targets(*shape[:2])
     ids = torch.randint(kinds, (shape[1],))
     op = ours(target, document_ids=ids, backend="cpu")
     exact = plain(target, query_ids=ids[target], document_ids=ids)
-    with patch(FEW_SCORES, few):
+    check(op, exact, tensors[:3], torch.float32)
+    with patch.multiple("moca_fast._gradients", HELD_SCORES=0, PART_ROWS=part):
+        check(op, exact, tensors[:3], torch.float32)
+    with patch(HELD_ROWS, lambda *_: 0):
         check(op, exact, tensors[:3], torch.float32)
 
 
@@ -207,14 +210,17 @@ def test_bits_do_not_depend_on_runs_or_threads(reduction):
     assert_same_bits_on_threads(ours(target, reduction=reduction, backend="cpu"), tensors)
 
 
-def test_kept_scores_give_the_same_bits():
-    """Of a sum: the mean's factor would come after the gradient was rounded, not before."""
-    tensors, target = problem(130, 900, 2, 40), targets(130, 900)
-    op = ours(target, reduction="sum", backend="cpu")
-    with patch(FEW_SCORES, 0):
-        again = run(op, tensors)
-    for kept, expected in zip(run(op, tensors), again, strict=True):
-        assert torch.equal(kept, expected)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_gives_its_gradients_away(backend):
+    """Whoever gets them may change them: another backward makes them again."""
+    tensors = [t.requires_grad_() for t in problem(60, 70, 2, 16)]
+    loss = ours(targets(60, 70), reduction="sum", backend=backend)(*tensors)
+    loss.backward(retain_graph=True)
+    first = [t.grad.clone() for t in tensors]
+    for times in (2, 3):
+        loss.backward(retain_graph=True)
+        for tensor, once in zip(tensors, first, strict=True):
+            torch.testing.assert_close(tensor.grad, times * once)
 
 
 def test_scores_never_exist():

@@ -9,7 +9,7 @@ from test_info_nce import ours, plain, problem, targets
 
 import moca_fast
 
-SHAPES = [(1, 1, 1, 1), (5, 9, 0, 3), (20, 77, 2, 33), (5, 4100, 1, 70)]  # B, M, K, D
+SHAPES = [(1, 1, 1, 1), (4, 6, 1, 0), (5, 9, 0, 3), (20, 77, 2, 33), (5, 4100, 1, 70)]  # B, M, K, D
 if HAS_GPU:
     SHAPES += [(1000, 5003, 3, 256), (4096, 4096, 0, 1024)]
 CHUNK_ROWS = 9

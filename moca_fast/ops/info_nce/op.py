@@ -1,6 +1,6 @@
 """InfoNCE over gathered documents (arXiv 1807.03748), as MoCa's contrastive stage uses it
 (arXiv 2506.23115): in-batch negatives of all ranks, and hard negatives that only their own query
-sees. The B x M scores are made tile by tile and never held, unless they are few.
+sees. The B x M scores are never held: a tile, a few queries' at a time, or all if they are few.
 
 B queries, M documents, K hard negatives a query, D dim.
 """
@@ -14,13 +14,13 @@ from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
 from moca_fast._gradients import (
     empty_gradients,
+    held_rows,
     keep_gradients,
     made_with_loss,
     scaled_gradients,
 )
 
 OP = "info_nce"
-FEW_SCORES = 4 << 20  # of all documents: so many float32 may be held on a CPU, in 16 MiB
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -53,9 +53,9 @@ def info_nce(
     loss[b] = log(sum over j of exp(s[b, j]) + sum over k of exp(h[b, k])) - s[b, target[b]],
     s = query . document / temperature, h[b, k] = query[b] . hard_negatives[b, k] / temperature.
     Nothing is normalised here: for the cosine similarity pass vectors of unit length, as
-    `moca_fast.pool` gives them. On a GPU, and for at most 4 Mi scores B x M on a CPU, a gradient
-    that will be needed of a "mean" or "sum" is made along with the loss, of the same scores, and
-    kept for the backward.
+    `moca_fast.pool` gives them. On a GPU, in float32 on a CPU, and for at most 4 Mi scores B x M
+    there, a gradient that will be needed of a "mean" or "sum" is made along with the loss, of the
+    same scores, and kept for the backward.
 
     Args:
         query: (B, D) float32, bfloat16, float16 or float64; receives a gradient.
@@ -96,8 +96,8 @@ def info_nce(
     needs = [t is not None and t.requires_grad for t in _with_gradient(*tensors)]
     if reduction == "none":
         return torch.ops.moca_fast.info_nce(*call)[0]
-    few = query.shape[0] * document.shape[0] <= FEW_SCORES
-    if torch.is_grad_enabled() and any(needs) and made_with_loss(query, backend, few):
+    held = held_rows(query.shape[0], document.shape[0], query.dtype)
+    if torch.is_grad_enabled() and any(needs) and made_with_loss(query, backend, held):
         loss = torch.ops.moca_fast.info_nce_with_gradients(*call, needs)[0]
     else:
         loss = torch.ops.moca_fast.info_nce(*call)[0].sum()
@@ -229,7 +229,7 @@ def _forward_with_gradients(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum of the loss (), and its gradients by query, document, hard_negatives and temperature;
-    (0,) where not needed.
+    (0,) where not needed. The backward scales them where they lie.
 
     A backward that starts from the lse makes all scores again: four products in place of three.
     """
@@ -273,11 +273,12 @@ def _autograd(ctx, d_loss, d_lse):
 
 def _keep_gradients(ctx, inputs, output):
     ctx.needs = inputs[-1]
-    keep_gradients(ctx, output)
+    keep_gradients(ctx, inputs, output)
 
 
 def _autograd_of_sum(ctx, d_loss, *_):
-    query, document, hard, temperature = scaled_gradients(ctx, d_loss, ctx.needs)
+    op = torch.ops.moca_fast.info_nce_with_gradients
+    query, document, hard, temperature = scaled_gradients(ctx, op, d_loss, ctx.needs)
     return query, document, None, temperature, hard, None, None, None, None
 
 

@@ -13,6 +13,7 @@ from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
 from moca_fast._gradients import (
     empty_gradients,
+    held_rows,
     keep_gradients,
     made_with_loss,
     scaled_gradients,
@@ -38,8 +39,9 @@ def linear_cross_entropy(
 
     loss[t] = log(sum over v of exp(z[t, v])) - z[t, labels[t]], z[t, v] = hidden[t] . weight[v]
     + bias[v], accumulated in float32. A row whose label is `ignore_index` costs nothing, counts
-    for nothing and gets zero gradient. On a GPU a gradient that will be needed of a "mean" or "sum"
-    is made along with the loss, of the same logits, and kept for the backward.
+    for nothing and gets zero gradient. On a GPU, in float32 on a CPU, and for at most 4 Mi logits
+    there, a gradient that will be needed of a "mean" or "sum" is made along with the loss, of the
+    same logits, and kept for the backward.
 
     Args:
         hidden: (T, D) float32, bfloat16, float16 or float64; receives a gradient. Under autocast,
@@ -69,7 +71,8 @@ def linear_cross_entropy(
     needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if reduction == "none":
         return torch.ops.moca_fast.linear_cross_entropy(*call)[0]
-    if torch.is_grad_enabled() and any(needs) and made_with_loss(hidden, backend):
+    held = held_rows(hidden.shape[0], weight.shape[0], hidden.dtype)
+    if torch.is_grad_enabled() and any(needs) and made_with_loss(hidden, backend, held):
         loss = torch.ops.moca_fast.linear_cross_entropy_with_gradients(*call, needs)[0]
     else:
         loss = torch.ops.moca_fast.linear_cross_entropy(*call)[0].sum()
@@ -157,7 +160,8 @@ def _forward_with_gradients(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the loss (), and its gradients by hidden, weight and bias; (0,) where not needed.
+    """Sum of the loss (), and its gradients by hidden, weight and bias; (0,) where not needed. The
+    backward scales them where they lie.
 
     A backward that starts from the lse makes all logits again: four products in place of three.
     """
@@ -201,11 +205,12 @@ def _autograd(ctx, d_loss, d_lse):
 
 def _keep_gradients(ctx, inputs, output):
     ctx.needs = inputs[-1]
-    keep_gradients(ctx, output)
+    keep_gradients(ctx, inputs, output)
 
 
 def _autograd_of_sum(ctx, d_loss, *_):
-    hidden, weight, bias = scaled_gradients(ctx, d_loss, ctx.needs)
+    op = torch.ops.moca_fast.linear_cross_entropy_with_gradients
+    hidden, weight, bias = scaled_gradients(ctx, op, d_loss, ctx.needs)
     return hidden, weight, None, bias, None, None, None
 
 
