@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 HELD_SCORES = 4 << 20  # so many float32 may be held on a CPU, in 16 MiB
-PART_ROWS = 96  # as many rows use what is packed for them; fewer would mostly pack
+PART_ROWS = 96  # of the largest part of the rows; smaller ones pack for more of the time
+WHOLE_TILES = 12  # rows that every instruction set multiplies at once
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -32,12 +33,15 @@ def held_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
     """Rows whose scores the CPU's kernels hold at a time to make gradients with the loss; 0 where
     they hold none, and make all scores again in the backward.
 
-    Over parts of the rows float32 gradients of the columns are summed where they belong; other
-    dtypes would need as much memory again for the sums.
+    Over parts of the rows, a tenth of them where that is enough for the products, float32 gradients
+    of the columns are summed where they belong; other dtypes would need as much memory again.
     """
     if rows * columns <= HELD_SCORES:
         return max(rows, 1)
-    return PART_ROWS if dtype == torch.float32 else 0
+    if dtype != torch.float32:
+        return 0
+    tenth = rows // 10 // WHOLE_TILES * WHOLE_TILES
+    return min(max(tenth, PART_ROWS // 2), PART_ROWS)
 
 
 def keep_gradients(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
