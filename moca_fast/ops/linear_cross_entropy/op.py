@@ -35,7 +35,8 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Cross entropy of `hidden @ weight.T + bias` against labels; the T x V logits never exist.
+    """Cross entropy of `hidden @ weight.T + bias` against labels; the T x V logits are never held,
+    unless they are few.
 
     loss[t] = log(sum over v of exp(z[t, v])) - z[t, labels[t]], z[t, v] = hidden[t] . weight[v]
     + bias[v], accumulated in float32. A row whose label is `ignore_index` costs nothing, counts
