@@ -16,11 +16,17 @@ template <typename Word>
 constexpr int64_t kColumns = kInTiles<Word> ? 256 : 384;
 constexpr int64_t kHeads = 4;  // query heads that share one packing of keys
 
-// exp(x) of weights that become words.
+constexpr float kLog2E = 1.44269504088896341f;
+// Peaks that rise by less than this stay where they are: weights up to exp(kSlack) do no harm, and
+// sums need not be scaled again.
+constexpr float kSlack = 5.0f;
+
+// exp(scale * x) of weights that become words. Only what is multiplied in tiles has another scale
+// than 1.
 template <typename Word>
-inline Lanes weight_of(Lanes x) {
+inline Lanes weight_of(Lanes x, [[maybe_unused]] float scale = 1.0f) {
 #ifdef __AVX512BF16__
-  if constexpr (kPerWord<Word> == 2) return exp_for_bfloat16(x);
+  if constexpr (kPerWord<Word> == 2) return exp2_for_bfloat16(x * (scale * kLog2E));
 #endif
   return exp_lanes(x);
 }
@@ -48,14 +54,15 @@ struct ForwardMemory {
         scores(kBlockRows * kPitch),
         sums(heads * rows * width),
         totals(heads * rows * kLanes),
-        peaks(heads * rows) {}
+        peaks(heads * rows + kLanes) {}
   Word* queries_at(int64_t row) const {
     return reinterpret_cast<Word*>(queries.get() + row * kPitch);
   }
   Word* packed_keys() const { return reinterpret_cast<Word*>(keys.get()); }
   Word* packed_values() const { return reinterpret_cast<Word*>(values.get()); }
   Buffer keys, values, queries, scores;
-  Buffer sums, totals, peaks;  // of each row: sum of weight * value, of weights, largest score
+  Buffer sums, totals, peaks;  // of each row: sum of weight * value, of weights, what scores are
+                               // taken relative to
 };
 
 template <typename T>
@@ -65,13 +72,16 @@ class Forward {
   using Memory = ForwardMemory<Word>;
 
   explicit Forward(const AttentionParams& params)
-      : p(params), width(round_up(p.dim, kPanel)), depth(words<Word>(p.dim)) {}
+      : p(params),
+        width(round_up(p.dim, kPanel)),
+        depth(words<Word>(p.dim)),
+        scale_later(kInTiles<Word> && p.softmax_scale > 0 ? p.softmax_scale : 1.0f) {}
 
-  // Some heads, which share a key head, of the queries of a tile.
-  void run(const Tile& tile, const HeadRange& heads, Memory& m) const {
+  // Some heads, which share a key head, of the queries [begin, end).
+  void run(int64_t begin, int64_t end, const HeadRange& heads, Memory& m) const {
     const TileRegisters registers;
     const int64_t kv_head = heads.first / (p.heads / p.kv_heads);
-    for_each_document(p.queries, tile.row_begin, tile.row_end, [&](const Slice& slice) {
+    for_each_document(p.queries, begin, end, [&](const Slice& slice) {
       const Head<T> v(p.v, p.v_strides, kv_head, slice.key_begin, slice.key_end);
       if (!is_masked(p.queries, slice) || all_finite(v, p.dim)) return run_slice(slice, heads, m);
       for (int64_t i = slice.begin; i < slice.end; ++i)
@@ -81,6 +91,8 @@ class Forward {
 
   const AttentionParams& p;
   const int64_t width, depth;
+  // Of scores that are made in tiles: their products have no place for it, but exponentials have.
+  const float scale_later;
 
  private:
   void run_slice(const Slice& slice, const HeadRange& range, Memory& m) const {
@@ -116,20 +128,28 @@ class Forward {
     const Columns columns = visible_columns(p.queries, first, first + count - 1, begin, end);
     if (columns.begin >= columns.end) return;
     float* scores = m.scores.get();
+    const float scale = scale_later == 1.0f ? p.softmax_scale : 1.0f;
     multiply<Left::rows>(count, columns.vectors(), depth,
                          Product<Word>{m.queries_at(at), m.packed_keys() + columns.begin * depth,
-                                       kPanel * depth, scores, kPitch, p.softmax_scale},
+                                       kPanel * depth, scores, kPitch, scale},
                          false);
-    const int64_t size = columns.end - columns.begin;
-    float old_peaks[kRows<Word>];
-    for (int64_t r = 0; r < count; ++r) {
-      float* row = scores + r * kPitch;
-      mask_row(row, p.queries.start[first + r] - begin - columns.begin,
-               p.queries.end[first + r] - begin - columns.begin, size, -kInfinity);
-      old_peaks[r] = m.peaks.get()[at + r];
-      m.peaks.get()[at + r] = std::max(old_peaks[r], largest_of(row, size));
+    const int64_t size = columns.end - columns.begin, offset = begin + columns.begin;
+    for (int64_t r = 0; r < count; r += kLanes) {
+      const int64_t rows = std::min<int64_t>(kLanes, count - r);
+      Lanes tops[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) tops[i] = broadcast(-kInfinity);
+      for (int64_t i = r; i < r + rows; ++i) {
+        float* row = scores + i * kPitch;
+        mask_row(row, p.queries.start[first + i] - offset, p.queries.end[first + i] - offset, size,
+                 -kInfinity);
+        tops[i - r] = tops_of(row, size);
+      }
+      raise_peaks(tops, rows, m, at + r);
     }
-    for (int64_t r = 0; r < count; ++r) soften(scores + r * kPitch, size, old_peaks[r], m, at + r);
+    for (int64_t r = 0; r < count; ++r) {
+      if (r % kLanes == 0) keep_tiles_awake<Word>();
+      soften(scores + r * kPitch, size, m, at + r);
+    }
     const int64_t skip = columns.begin / kPerWord<Word>;
     multiply<Left::rows>(
         count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
@@ -138,42 +158,56 @@ class Forward {
         true);
   }
 
-  // The largest score of a row that is not NaN, or -inf.
-  static float largest_of(const float* scores, int64_t size) {
-    const auto larger = [](Lanes a, Lanes b) { return a > b ? a : b; };
+  // Lanes of which the largest is a row's largest score that is not NaN, or -inf.
+  static Lanes tops_of(const float* scores, int64_t size) {
     Lanes top[2] = {broadcast(-kInfinity), broadcast(-kInfinity)};
     for (int64_t j = 0; j < size; j += kPanel) {
       top[0] = larger(load(scores + j), top[0]);
       top[1] = larger(load(scores + j + kLanes), top[1]);
     }
-    return largest(larger(top[0], top[1]));
+    return larger(top[0], top[1]);
   }
 
-  // Online softmax. Scores of a row become weights exp(score - peak), in words; what was summed
-  // under a lower peak shrinks.
-  void soften(float* scores, int64_t size, float old_peak, Memory& m, int64_t at) const {
+  // Online softmax: where a row's largest score is well above its peak, it becomes the peak, and
+  // what was summed relative to the old one shrinks.
+  void raise_peaks(Lanes (&tops)[kLanes], int64_t rows, Memory& m, int64_t at) const {
+    transpose(tops);
+    Lanes top = tops[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < kLanes; ++i) top = larger(top, tops[i]);
+    const Lanes old = load(m.peaks.get() + at);
+    const Lanes rise = keep((top - old) * scale_later > kSlack ? broadcast(1.0f) : Lanes{}, rows);
+    if (largest(rise) == 0.0f) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (rise[r] == 0.0f) continue;
+      m.peaks.get()[at + r] = top[r];
+      if (old[r] == -kInfinity) continue;  // nothing but weights 0, or NaN, was summed
+      const float shrink = std::exp((old[r] - top[r]) * scale_later);
+      float *total = m.totals.get() + (at + r) * kLanes, *sums = m.sums.get() + (at + r) * width;
+      store(total, load(total) * shrink);
+      for (int64_t d = 0; d < p.dim; d += kLanes) store(sums + d, load(sums + d) * shrink);
+    }
+  }
+
+  // Scores of a row become weights exp(score - peak), in words.
+  void soften(float* scores, int64_t size, Memory& m, int64_t at) const {
     const float peak = m.peaks.get()[at];
     const float shift = peak == -kInfinity ? 0.0f : peak;  // only -inf, or NaN, so far
-    float* total = m.totals.get() + at * kLanes;
     Lanes sum = {};
     Word* words = reinterpret_cast<Word*>(scores);
     for (int64_t j = 0; j < size; j += kLanes * kPerWord<Word>) {
-      const Lanes weight = weight_of<Word>(load(scores + j) - shift);
-      sum += weight;
+      const Lanes weight = weight_of<Word>(load(scores + j) - shift, scale_later);
       if constexpr (kPerWord<Word> == 1) {
+        sum += weight;
         store_words(words + j, weight);
       } else {
-        const Lanes next = weight_of<Word>(load(scores + j + kLanes) - shift);
-        sum += next;
+        const Lanes next = weight_of<Word>(load(scores + j + kLanes) - shift, scale_later);
+        sum += weight + next;
         store_words(words + j / 2, neighbours<Word>(weight, next));
       }
     }
-    const float shrink =
-        old_peak == -kInfinity || old_peak == peak ? 1.0f : std::exp(old_peak - shift);
-    store(total, load(total) * shrink + sum);
-    if (shrink == 1.0f) return;
-    float* sums = m.sums.get() + at * width;
-    for (int64_t d = 0; d < p.dim; d += kLanes) store(sums + d, load(sums + d) * shrink);
+    float* total = m.totals.get() + at * kLanes;
+    store(total, load(total) + sum);
   }
 
   void finish_row(const Memory& m, int64_t at, int64_t i, int64_t h) const {
@@ -181,7 +215,7 @@ class Forward {
     const float total = sum_of(load(m.totals.get() + at * kLanes));
     store_row(m.sums.get() + at * width, empty ? 1.0f : 1.0f / total, p.dim,
               static_cast<T*>(p.out) + (i * p.heads + h) * p.dim);
-    const double lse = m.peaks.get()[at] + std::log(static_cast<double>(total));
+    const double lse = m.peaks.get()[at] * scale_later + std::log(static_cast<double>(total));
     p.lse[i * p.heads + h] = empty ? -kInfinity : static_cast<float>(lse);
     p.lse_rest[i * p.heads + h] = empty ? 0.0f : static_cast<float>(lse - static_cast<float>(lse));
   }

@@ -40,18 +40,20 @@ inline Lanes exp_lanes(Lanes x) {
 }
 
 #ifdef __AVX512BF16__
-// The same for weights that are rounded to bfloat16: off by no more than 2^-16 of the value, and
-// 2^-18 where x > -20. x log2 e = n + r with |r| <= 1/2, and a polynomial in r.
-inline Lanes exp_for_bfloat16(Lanes x) {
-  constexpr int kNearest = 0;
-  const Lanes power = x * 1.44269504088896341f;
-  const Lanes r = reinterpret_cast<Lanes>(
-      _mm512_maskz_reduce_ps(0xffff, reinterpret_cast<__m512>(power), kNearest));
-  Lanes y = r * 0.009582855f + 0.05590643f;  // minimax, with 2^0 = 1
-  y = y * r + 0.24024099f;
-  y = y * r + 0.6931242f;
+// 2^power for weights that are rounded to bfloat16, for powers up to 127: off by no more than 2^-18
+// of the value; 0 below 2^-126 (no subnormals); NaN stays NaN. power = n + r with 0 <= r < 1, and
+// a polynomial in r.
+inline Lanes exp2_for_bfloat16(Lanes power) {
+  constexpr int kDown = 1;
+  const auto bits = reinterpret_cast<__m512>(power);
+  const Lanes r = reinterpret_cast<Lanes>(_mm512_maskz_reduce_ps(0xffff, bits, kDown));
+  Lanes y = r * 0.013426687f + 0.05224247f;  // minimax, with 2^0 = 1
+  y = y * r + 0.24128021f;
+  y = y * r + 0.69304484f;
   y = y * r + 1.0f;
-  return x < -87.33f ? Lanes{} : times_power_of_2(y, power - r);
+  const __mmask16 normal = _mm512_cmp_ps_mask(bits, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return reinterpret_cast<Lanes>(  // y * 2^floor(power)
+      _mm512_maskz_scalef_ps(normal, reinterpret_cast<__m512>(y), bits));
 }
 #endif
 

@@ -182,9 +182,11 @@ inline void transpose_from(Lanes (&x)[kLanes]) {
 
 }  // namespace detail
 
+// The larger of two, lane by lane; the second where one is NaN.
+inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
 // The largest lane that is not NaN, where lane 0 is not.
 inline float largest(Lanes x) {
-  const auto larger = [](Lanes a, Lanes b) { return a > b ? a : b; };
   return detail::fold<kLanes / 2>(x, larger, std::make_index_sequence<kLanes>())[0];
 }
 
