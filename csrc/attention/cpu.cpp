@@ -80,7 +80,8 @@ struct BackwardTask {
 };
 
 // So many parts that no task is more than half of a thread's share; the longest tasks first.
-std::vector<BackwardTask> split_backward(const AttentionParams& p, int64_t floats_per_query) {
+std::vector<BackwardTask> split_backward(const AttentionParams& p, int64_t floats_per_query,
+                                         int64_t block) {
   const std::vector<Unit> units = split_units(p.queries);
   double total = 0.0;
   for (const Unit& unit : units) total += unit.cost * p.kv_heads;
@@ -89,7 +90,7 @@ std::vector<BackwardTask> split_backward(const AttentionParams& p, int64_t float
   for (const Unit& unit : units) {
     const int64_t keys = p.queries.end[unit.end - 1] - p.queries.start[unit.begin];
     const double wanted = unit.cost > 0.0 ? std::ceil(2 * p.threads * unit.cost / total) : 1.0;
-    const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, keys / kKeys));
+    const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, keys / block));
     for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
       for (int64_t part = 0; part < parts; ++part) {
         tasks.push_back({unit, kv_head, part, parts, sums});
@@ -159,7 +160,7 @@ void attention_backward(const AttentionParams& p) {
     using Pass = Backward<T>;
     const Pass backward(p);
     const int64_t floats = backward.group * backward.width;  // of d_q, for a query
-    const std::vector<BackwardTask> tasks = split_backward(p, floats);
+    const std::vector<BackwardTask> tasks = split_backward(p, floats, Pass::kKeys);
     int64_t alone = 0, shared = 0;  // floats for d_q: of a task without parts, of all with parts
     for (const BackwardTask& task : tasks) {
       const int64_t size = (task.unit.end - task.unit.begin) * floats;
@@ -169,9 +170,10 @@ void attention_backward(const AttentionParams& p) {
         alone = std::max(alone, size);
     }
     const Buffer sums(shared);
-    MemoryPool<typename Pass::Memory> pool(
-        p.threads, [&] { return std::make_unique<typename Pass::Memory>(backward.width, alone); });
-    const int64_t blocks = ceil_div(p.queries.size, kKeys);
+    MemoryPool<typename Pass::Memory> pool(p.threads, [&] {
+      return std::make_unique<typename Pass::Memory>(backward.width, backward.most_blocks, alone);
+    });
+    const int64_t blocks = ceil_div(p.queries.size, Pass::kKeys);
     pool.run(blocks * p.heads, [&](int64_t task, auto& memory) {
       backward.prepare(task % blocks, task / blocks, memory);
     });

@@ -1,44 +1,71 @@
 // The backward pass of a document. The weights are computed again from the scores and lse, once
 // for each pair of a query tile and a block of keys, and give all three gradients:
-//   dV += P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ += dS K,  dK += dS^T Q.
+//   dV^T += dO^T P,  dP = dO V^T,  dS = P (dP - delta),  dQ += dS K,  dK^T += Q^T dS.
 #pragma once
 
 #include "attention/cpu_forward.h"
 
 namespace moca::MOCA_ISA {
 
-constexpr int64_t kKeys = 256;    // keys of a block
-constexpr int64_t kQueries = 96;  // queries of a tile: the depth of the sums for dK and dV
-static_assert(kQueries <= 2 * kTurnedDepth);
+// Keys of a block: their scores with a block of queries stay in cache.
+template <typename Word>
+constexpr int64_t kKeys = kInTiles<Word> ? 128 : 256;
+// Queries of a tile: the depth of the sums for dK and dV.
+template <typename Word>
+constexpr int64_t kQueries = kInTiles<Word> ? 192 : 96;
 
-// Working memory of a thread in the backward pass.
+// Working memory of a thread in the backward pass, for up to `blocks` blocks of keys.
 template <typename Word>
 struct BackwardMemory {
+  static constexpr int64_t kKeys = moca::MOCA_ISA::kKeys<Word>;
+  static constexpr int64_t kQueries = moca::MOCA_ISA::kQueries<Word>;
+  static constexpr int64_t kKeyPitch = kKeys + 16;  // floats between turned rows: no power of two
   // Products read so many rows of a left operand, whatever number is asked for.
   static constexpr int64_t kBlockRows = kRows<Word>;
-  BackwardMemory(int64_t width, int64_t d_q_size)
-      : k_dims(kKeys * width),
-        v_dims(kKeys * width),
-        k_tokens(kKeys * width),
-        q_tokens(kQueries * width),
-        d_out_tokens(kQueries * width),
+  static constexpr int64_t kDepth = kQueries / kPerWord<Word>;  // words of a tile of queries
+  static_assert(kDepth % kDepthStep<Word> == 0 && kDepth % kLanes == 0 && kDepth <= kPitch);
+
+  BackwardMemory(int64_t width, int64_t blocks, int64_t d_q_size)
+      : width(width),
+        k_dims(blocks * kKeys * width),
+        v_dims(blocks * kKeys * width),
+        k_tokens(blocks * kKeys * width),
         q_rows((kQueries + kBlockRows) * kPitch),
         d_out_rows((kQueries + kBlockRows) * kPitch),
-        weights(kQueries * kPitch),
-        d_score_columns(kQueries * kPitch),
+        q_tokens((width + kBlockRows) * kPitch),
+        d_out_tokens((width + kBlockRows) * kPitch),
         d_score_rows((kQueries + kBlockRows) * kPitch),
-        scores(kBlockRows * kPitch),
-        d_weights(kBlockRows * kPitch),
-        d_k(kKeys * width),
-        d_v(kKeys * width),
+        weights(kKeys * kDepth),
+        d_scores(kKeys * kDepth),
+        score_block(kBlockRows * kPitch),
+        d_weight_block(kBlockRows * kPitch),
+        d_k(blocks * width * kKeyPitch),
+        d_v(blocks * width * kKeyPitch),
         d_q(d_q_size) {}
+
+  // A block of packed keys, and the sums of their gradients, turned: (width, kKeyPitch).
+  struct Keys {
+    Word *k_dims, *v_dims, *k_tokens;
+    float *d_k, *d_v;
+  };
+  Keys keys(int64_t block) const {
+    const int64_t at = block * kKeys * width, sums = block * kKeyPitch * width;
+    return {words(k_dims) + at, words(v_dims) + at, words(k_tokens) + at, d_k.get() + sums,
+            d_v.get() + sums};
+  }
   static Word* words(const Buffer& buffer) { return reinterpret_cast<Word*>(buffer.get()); }
-  Buffer k_dims, v_dims, k_tokens, q_tokens, d_out_tokens;  // right operands
-  Buffer q_rows, d_out_rows;                                // left operands
-  Buffer weights, d_score_columns, d_score_rows;            // left operands of a tile: P^T, dS
-  Buffer scores, d_weights;                                 // of a block of rows
-  Buffer d_k, d_v;                                          // sums of a block of keys
-  Buffer d_q;                                               // of a task
+  // Of a right operand of a tile: words of queries from `word`, of the keys of a panel.
+  static Word* panel(const Buffer& buffer, int64_t key, int64_t word) {
+    return words(buffer) + (key / kPanel * kDepth + word) * kPanel;
+  }
+
+  const int64_t width;
+  Buffer k_dims, v_dims, k_tokens;                                  // right operands, of all blocks
+  Buffer q_rows, d_out_rows, q_tokens, d_out_tokens, d_score_rows;  // left operands of a tile
+  Buffer weights, d_scores;            // right operands of a tile: P, dS, with depth along queries
+  Buffer score_block, d_weight_block;  // of a block of rows
+  Buffer d_k, d_v;                     // sums, of all blocks
+  Buffer d_q;                          // of a task
 };
 
 template <typename T>
@@ -46,12 +73,16 @@ class Backward {
  public:
   using Word = WordOf<T>;
   using Memory = BackwardMemory<Word>;
+  using Keys = typename Memory::Keys;
+  static constexpr int64_t kKeys = Memory::kKeys, kQueries = Memory::kQueries;
+  static constexpr int64_t kKeyPitch = Memory::kKeyPitch;
 
   explicit Backward(const AttentionParams& params)
       : p(params),
         width(round_up(p.dim, kPanel)),
         depth(words<Word>(p.dim)),
-        group(p.heads / p.kv_heads) {}
+        group(p.heads / p.kv_heads),
+        most_blocks(std::max<int64_t>(1, kCache / (kKeys * (3 * depth + 2 * width)))) {}
 
   // delta = rowsum(out * d_out) of block `block` of kKeys queries and head h. It adds up as the
   // products d_out . v do, so that a query with a single key, whose output is that value, gets
@@ -70,16 +101,17 @@ class Backward {
   }
 
   // Adds to d_q, (group, end - begin, width) of the queries [begin, end) and the heads of kv_head,
-  // what comes from every `parts`-th block of keys, and writes d_k and d_v of those keys.
+  // what comes from every `parts`-th run of blocks of keys, and writes d_k and d_v of those keys.
   void run(int64_t begin, int64_t end, int64_t kv_head, int64_t part, int64_t parts, float* d_q,
            Memory& m) const {
     const TileRegisters registers;
     for_each_document(p.queries, begin, end, [&](const Slice& slice) {
       const Document document{slice, kv_head, d_q - begin * width, (end - begin) * width,
                               has_hidden_nan(slice, kv_head)};
-      const int64_t stride = parts * kKeys;
-      for (int64_t key = slice.key_begin + part * kKeys; key < slice.key_end; key += stride)
-        run_keys(document, key, std::min(key + kKeys, slice.key_end), m);
+      const int64_t blocks = ceil_div(slice.key_end - slice.key_begin, kKeys);
+      const int64_t keys = kKeys * std::clamp<int64_t>(blocks / parts, 1, most_blocks);
+      for (int64_t key = slice.key_begin + part * keys; key < slice.key_end; key += parts * keys)
+        run_keys(document, key, std::min(key + keys, slice.key_end), m);
     });
   }
 
@@ -98,8 +130,11 @@ class Backward {
 
   const AttentionParams& p;
   const int64_t width, depth, group;
+  const int64_t most_blocks;  // of keys, that are packed together and meet each tile of queries
 
  private:
+  static constexpr int64_t kCache = (kInTiles<Word> ? 256 : 128) * 1024;  // floats
+
   struct Document {
     Slice slice;
     int64_t kv_head;
@@ -123,164 +158,247 @@ class Backward {
 
   // Everything that keys [begin, end) have to do with.
   void run_keys(const Document& document, int64_t begin, int64_t end, Memory& m) const {
-    const Head<T> k(p.k, p.k_strides, document.kv_head, begin, end);
-    const Head<T> v(p.v, p.v_strides, document.kv_head, begin, end);
-    pack_dims(k, begin, end, p.dim, m.words(m.k_dims));
-    pack_dims(v, begin, end, p.dim, m.words(m.v_dims));
-    pack_tokens(k, begin, end, p.dim, m.words(m.k_tokens));
-    std::fill_n(m.d_k.get(), (end - begin) * width, 0.0f);
-    std::fill_n(m.d_v.get(), (end - begin) * width, 0.0f);
+    const auto for_each_block = [&](auto&& body) {
+      for (int64_t key = begin, block = 0; key < end; key += kKeys, ++block)
+        body(key, std::min(key + kKeys, end), m.keys(block));
+    };
+    for_each_block([&](int64_t key, int64_t key_end, const auto& keys) {
+      const Head<T> k(p.k, p.k_strides, document.kv_head, key, key_end);
+      const Head<T> v(p.v, p.v_strides, document.kv_head, key, key_end);
+      pack_dims(k, key, key_end, p.dim, keys.k_dims);
+      pack_dims(v, key, key_end, p.dim, keys.v_dims);
+      pack_tokens(k, key, key_end, p.dim, keys.k_tokens);
+      std::fill_n(keys.d_k, width * kKeyPitch, 0.0f);
+      std::fill_n(keys.d_v, width * kKeyPitch, 0.0f);
+    });
     const int64_t step = document.row_by_row ? 1 : kQueries;
     const int64_t last = p.keys.end[end - 1];
-    for (int64_t first = p.keys.start[begin]; first < last; first += step) {
-      const Slice tile{first, std::min(first + step, last), begin, end};
-      if (document.row_by_row) {
-        const Head<T> seen(p.k, p.k_strides, document.kv_head, p.queries.start[first],
-                           p.queries.end[first]);
-        pack_tokens(seen, begin, end, p.dim, m.words(m.k_tokens));
+    for (int64_t first = p.keys.start[begin]; first < last; first += step)
+      for (int64_t head = 0; head < group; ++head) {
+        const Slice queries{first, std::min(first + step, last), begin, end};
+        const int64_t h = document.kv_head * group + head;
+        pack_queries(queries, h, m);
+        for_each_block([&](int64_t key, int64_t key_end, const auto& keys) {
+          const Slice tile{queries.begin, queries.end, key, key_end};
+          if (document.row_by_row) {
+            const Head<T> seen(p.k, p.k_strides, document.kv_head, p.queries.start[first],
+                               p.queries.end[first]);
+            pack_tokens(seen, key, key_end, p.dim, keys.k_tokens);
+          }
+          run_tile(tile, h, document.d_q + head * document.d_q_head, keys, m);
+        });
       }
-      for (int64_t h = 0; h < group; ++h)
-        run_tile(tile, document.kv_head * group + h, document.d_q + h * document.d_q_head, m);
-    }
-    for (int64_t j = begin; j < end; ++j) {
-      const int64_t from = (j - begin) * width, to = (j * p.kv_heads + document.kv_head) * p.dim;
-      store_row(m.d_k.get() + from, p.softmax_scale, p.dim, static_cast<T*>(p.d_k) + to);
-      store_row(m.d_v.get() + from, 1.0f, p.dim, static_cast<T*>(p.d_v) + to);
+    for_each_block([&](int64_t key, int64_t key_end, const auto& keys) {
+      const int64_t at = (key * p.kv_heads + document.kv_head) * p.dim;
+      store_keys(keys.d_k, p.softmax_scale, key_end - key, static_cast<T*>(p.d_k) + at);
+      store_keys(keys.d_v, 1.0f, key_end - key, static_cast<T*>(p.d_v) + at);
+    });
+  }
+
+  // Writes `count` rows of a gradient, of one head, from its turned sums.
+  void store_keys(const float* sums, float factor, int64_t count, T* to) const {
+    float rows[kLanes * kMaxDim];
+    for (int64_t j = 0; j < count; j += kLanes, sums += kLanes) {
+      for (int64_t d = 0; d < p.dim; d += kLanes) {
+        Lanes x[kLanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) x[r] = load(sums + (d + r) * kKeyPitch);
+        transpose(x);
+#pragma GCC unroll 16
+        for (int r = 0; r < kLanes; ++r) store(rows + r * kMaxDim + d, x[r]);
+      }
+      for (int64_t r = 0; r < std::min<int64_t>(kLanes, count - j); ++r, to += p.kv_heads * p.dim)
+        store_row(rows + r * kMaxDim, factor, p.dim, to);
     }
   }
 
-  // One head of a tile of queries, with its block of keys.
-  void run_tile(const Slice& tile, int64_t h, float* d_q, Memory& m) const {
+  void pack_queries(const Slice& tile, int64_t h, Memory& m) const {
     const Head<T> q(p.q, p.q_strides, h, tile.begin, tile.end);
     const Head<T> d_out = head(p.d_out, h, tile.begin, tile.end);
     pack_left(q, tile.begin, tile.end, p.dim, m.words(m.q_rows));
     pack_left(d_out, tile.begin, tile.end, p.dim, m.words(m.d_out_rows));
-    pack_tokens(q, tile.begin, tile.end, p.dim, m.words(m.q_tokens));
-    pack_tokens(d_out, tile.begin, tile.end, p.dim, m.words(m.d_out_tokens));
-    for (int64_t row = tile.begin; row < tile.end; row += kRows<Word>)
-      run_rows(tile, row, std::min<int64_t>(kRows<Word>, tile.end - row), h, d_q + row * width, m);
+    pack_left_tokens(q, tile.begin, tile.end, p.dim, m.words(m.q_tokens));
+    pack_left_tokens(d_out, tile.begin, tile.end, p.dim, m.words(m.d_out_tokens));
+  }
+
+  // One head of a tile of queries, which are packed, with a block of keys.
+  void run_tile(const Slice& tile, int64_t h, float* d_q, const Keys& keys, Memory& m) const {
     const int64_t first = std::max<int64_t>(p.queries.start[tile.begin], tile.key_begin);
     const int64_t last = std::min<int64_t>(p.queries.end[tile.end - 1], tile.key_end);
-    for (int64_t key = first; key < last; key += kRows<Word>)
-      add_to_keys(tile, key, std::min<int64_t>(kRows<Word>, last - key), m);
+    if (first >= last) return;
+    for (int64_t row = tile.begin; row < tile.end; row += kRows<Word>)
+      run_rows(tile, row, std::min<int64_t>(kRows<Word>, tile.end - row), h, d_q + row * width,
+               keys, m);
+    const int64_t count = tile.end - tile.begin;
+    if (count == 1) return add_query(tile, h, first, last, keys, m);
+    clear_words(ceil_div(count, kPerWord<Word>), words<Word>(count), tile.key_end - tile.key_begin,
+                m);
+    for (int64_t key = tile.key_begin; key < last; key += kPanel)
+      if (key + kPanel > first) add_to_keys(tile, key, std::min(key + kPanel, last), keys, m);
   }
 
   // Weights and gradients of the scores of `count` rows, and what they add to d_q.
   void run_rows(const Slice& tile, int64_t first, int64_t count, int64_t h, float* d_q,
-                Memory& m) const {
+                const Keys& keys, Memory& m) const {
     const int64_t at = first - tile.begin;
     const Columns columns =
         visible_columns(p.queries, first, first + count - 1, tile.key_begin, tile.key_end);
     if (columns.begin > 0 || columns.end < tile.key_end - tile.key_begin)
-      clear_rows(at, count, tile.key_end - tile.key_begin, m);
+      clear_words(at / kPerWord<Word>, ceil_div(at + count, kPerWord<Word>),
+                  tile.key_end - tile.key_begin, m);
     if (columns.begin >= columns.end) return;
-    multiply<Left::rows>(
-        count, columns.vectors(), depth,
-        Product<Word>{m.words(m.q_rows) + at * kPitch, m.words(m.k_dims) + columns.begin * depth,
-                      kPanel * depth, m.scores.get(), kPitch, p.softmax_scale},
-        false);
-    multiply<Left::rows>(count, columns.vectors(), depth,
-                         Product<Word>{m.words(m.d_out_rows) + at * kPitch,
-                                       m.words(m.v_dims) + columns.begin * depth, kPanel * depth,
-                                       m.d_weights.get(), kPitch},
-                         false);
-    const int64_t size = columns.end - columns.begin, offset = tile.key_begin + columns.begin;
-    for (int64_t r = 0; r < round_up(count, kPerWord<Word>); ++r) {
-      float *scores = m.scores.get() + r * kPitch, *d_weights = m.d_weights.get() + r * kPitch;
-      const int64_t start = r < count ? p.queries.start[first + r] - offset : 0;
-      const int64_t end = r < count ? p.queries.end[first + r] - offset : 0;
-      if (r < count) {
-        mask_row(scores, start, end, size, -kInfinity);
-        mask_row(d_weights, start, end, size, 0.0f);
-        differentiate(tile, first + r, h, scores, d_weights, size);
+    multiply(count, columns.vectors(), depth,
+             Product<Word>{m.words(m.q_rows) + at * kPitch, keys.k_dims + columns.begin * depth,
+                           kPanel * depth, m.score_block.get(), kPitch,
+                           kInTiles<Word> ? 1.0f : p.softmax_scale},
+             false);
+    multiply(count, columns.vectors(), depth,
+             Product<Word>{m.words(m.d_out_rows) + at * kPitch, keys.v_dims + columns.begin * depth,
+                           kPanel * depth, m.d_weight_block.get(), kPitch},
+             false);
+    const int64_t size = columns.end - columns.begin;
+    for (int64_t r = 0; r < count; r += kPerWord<Word>) {
+      if (r % kLanes == 0) keep_tiles_awake<Word>();
+      Row rows[kPerWord<Word>];
+      bool weighed = false;
+      for (int64_t i = r; i < r + kPerWord<Word>; ++i) {
+        rows[i - r] = make_row(tile, i < count ? first + i : -1, h, columns, i, m);
+        weighed = weighed || rows[i - r].whole || rows[i - r].is_masked();
       }
-      mask_row(scores, start, end, size, 0.0f);  // even if all the row is NaN
-      mask_row(d_weights, start, end, size, 0.0f);
+      if (weighed) {
+        for (Row& row : rows) weigh(row);
+        store_operands<true>(rows, at + r, columns, m);
+      } else {
+        store_operands<false>(rows, at + r, columns, m);
+      }
     }
-    for (int64_t r = 0; r < count; r += kPerWord<Word>) store_operands(r, at + r, columns, m);
     const int64_t skip = columns.begin / kPerWord<Word>;
-    multiply<Left::rows>(
+    multiply(
         count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
-        Product<Word>{m.words(m.d_score_rows) + at * kPitch + skip,
-                      m.words(m.k_tokens) + skip * kPanel,
+        Product<Word>{m.words(m.d_score_rows) + at * kPitch + skip, keys.k_tokens + skip * kPanel,
                       words<Word>(tile.key_end - tile.key_begin) * kPanel, d_q, width},
         true);
   }
 
-  // Rows whose columns are not all written have weight 0 in the rest.
-  static void clear_rows(int64_t at, int64_t count, int64_t size, Memory& m) {
-    for (int64_t w = at / kPerWord<Word>; w < ceil_div(at + count, kPerWord<Word>); ++w) {
-      std::fill_n(m.weights.get() + w * kPitch, size, 0.0f);
-      std::fill_n(m.d_score_columns.get() + w * kPitch, size, 0.0f);
+  // Words [begin, end) of queries get weight 0 for all keys of a block: those that are not there,
+  // and those of which not all columns are written.
+  static void clear_words(int64_t begin, int64_t end, int64_t keys, Memory& m) {
+    for (int64_t key = 0; key < keys && begin < end; key += kPanel) {
+      std::fill_n(m.panel(m.weights, key, begin), (end - begin) * kPanel, Word{});
+      std::fill_n(m.panel(m.d_scores, key, begin), (end - begin) * kPanel, Word{});
     }
   }
 
-  // Scores of a row become weights, and gradients of weights gradients of scores.
-  void differentiate(const Slice& tile, int64_t i, int64_t h, float* scores, float* d_weights,
-                     int64_t size) const {
-    const int64_t at = i * p.heads + h;
-    const Lanes lse = broadcast(p.lse[at]), lse_rest = broadcast(p.lse_rest[at]);
+  // A row of scores and of gradients of weights, of which columns [start, end) of `size` are seen.
+  struct Row {
+    float *scores, *d_weights;
+    int64_t start, end, size;
+    bool whole;  // all keys of the row are here
+    float lse, lse_rest, delta, d_lse;
+    bool is_masked() const { return start > 0 || end < round_up(size, kPanel); }
+  };
+
+  // Row `r` of the block, of query i; if that is negative, a row that sees nothing.
+  Row make_row(const Slice& tile, int64_t i, int64_t h, const Columns& columns, int64_t r,
+               Memory& m) const {
+    float *scores = m.score_block.get() + r * kPitch,
+          *d_weights = m.d_weight_block.get() + r * kPitch;
+    const int64_t size = columns.end - columns.begin, offset = tile.key_begin + columns.begin;
+    if (i < 0) return {scores, d_weights, 0, 0, size, false, 0.0f, 0.0f, 0.0f, 0.0f};
+    const int64_t start = p.queries.start[i], end = p.queries.end[i], at = i * p.heads + h;
+    const bool whole = start >= tile.key_begin && end <= tile.key_end;
+    return {scores, d_weights, start - offset, end - offset, size,
+            whole,  p.lse[at], p.lse_rest[at], p.delta[at],  p.d_lse[at]};
+  }
+
+  Lanes weight_at(const Row& row, int64_t j) const {
+    const Lanes score = load(row.scores + j);
+    const Lanes scaled = kInTiles<Word> ? score * p.softmax_scale : score;
+    return weight_of<Word>((scaled - row.lse) - row.lse_rest);
+  }
+
+  // Scores become weights, 0 where they are hidden, even if all the row is NaN. Where the row's
+  // keys are all here, delta is taken from the very numbers that it balances: with few keys a delta
+  // from elsewhere would cost digits.
+  void weigh(Row& row) const {
     Lanes sum = {};
-    for (int64_t j = 0; j < round_up(size, kPanel); j += kLanes) {
-      const Lanes weight = weight_of<Word>((load(scores + j) - lse) - lse_rest);
-      store(scores + j, weight);
-      sum += weight * load(d_weights + j);
-    }
-    // Where the row's keys are all here, delta is taken from the very numbers that it balances:
-    // with few keys a delta from elsewhere would cost digits.
-    const bool whole = p.queries.start[i] >= tile.key_begin && p.queries.end[i] <= tile.key_end;
-    const Lanes delta = broadcast((whole ? sum_of(sum) : p.delta[at]) - p.d_lse[at]);
-    for (int64_t j = 0; j < round_up(size, kPanel); j += kLanes)
-      store(d_weights + j, load(scores + j) * (load(d_weights + j) - delta));
+    mask_row(row.d_weights, row.start, row.end, row.size, 0.0f);
+    for (int64_t j = 0; j < round_up(row.size, kPanel); j += kLanes)
+      store(row.scores + j, weight_at(row, j));
+    mask_row(row.scores, row.start, row.end, row.size, 0.0f);
+    if (!row.whole) return;
+    for (int64_t j = 0; j < round_up(row.size, kPanel); j += kLanes)
+      sum += load(row.scores + j) * load(row.d_weights + j);
+    row.delta = sum_of(sum);
   }
 
-  // Weights and gradients of scores, in rows `r` .. of the block, become words, in rows `at` .. of
-  // the tile.
-  void store_operands(int64_t r, int64_t at, const Columns& columns, Memory& m) const {
-    const float *w = m.scores.get() + r * kPitch, *d = m.d_weights.get() + r * kPitch;
-    const int64_t to = at / kPerWord<Word> * kPitch + columns.begin;
-    const int64_t size = columns.end - columns.begin;
-    Word *weights = m.words(m.weights) + to, *d_columns = m.words(m.d_score_columns) + to;
+  // Weights, made of scores unless that is done, and gradients of scores become words, in rows `at`
+  // .. of the tile.
+  template <bool kWeighed>
+  void store_operands(const Row (&rows)[kPerWord<Word>], int64_t at, const Columns& columns,
+                      Memory& m) const {
     Word* d_rows = m.words(m.d_score_rows) + at * kPitch + columns.begin / kPerWord<Word>;
-    for (int64_t j = 0; j < size; j += kLanes * kPerWord<Word>) {
-      if constexpr (kPerWord<Word> == 1) {
-        store_words(weights + j, load(w + j));
-        store_words(d_columns + j, load(d + j));
-        store_words(d_rows + j, load(d + j));
-      } else {
-        for (int64_t half = j; half < j + kPanel; half += kLanes) {
-          store_words(weights + half, interleave<Word>(load(w + half), load(w + half + kPitch)));
-          store_words(d_columns + half, interleave<Word>(load(d + half), load(d + half + kPitch)));
+    for (int64_t j = 0; j < columns.end - columns.begin; j += kPanel) {
+      Lanes weight[kPerWord<Word>][2], d_score[kPerWord<Word>][2];
+#pragma GCC unroll 2
+      for (int r = 0; r < kPerWord<Word>; ++r)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const int64_t column = j + half * kLanes;
+          weight[r][half] = kWeighed ? load(rows[r].scores + column) : weight_at(rows[r], column);
+          const Lanes d = load(rows[r].d_weights + column) - (rows[r].delta - rows[r].d_lse);
+          d_score[r][half] = weight[r][half] * d;
+          if (kWeighed)  // what is hidden gets 0, even if delta is NaN
+            d_score[r][half] = weight[r][half] == 0.0f ? Lanes{} : d_score[r][half];
         }
-        for (int row = 0; row < 2; ++row) {
-          const float* from = d + row * kPitch + j;
-          store_words(d_rows + row * kPitch + j / 2,
-                      neighbours<Word>(load(from), load(from + kLanes)));
+      Word* weights = m.panel(m.weights, columns.begin + j, at / kPerWord<Word>);
+      Word* d_scores = m.panel(m.d_scores, columns.begin + j, at / kPerWord<Word>);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const int64_t to = half * kLanes;
+        if constexpr (kPerWord<Word> == 1) {
+          store_words(weights + to, weight[0][half]);
+          store_words(d_scores + to, d_score[0][half]);
+          store_words(d_rows + j + to, d_score[0][half]);
+        } else {
+          store_words(weights + to, interleave<Word>(weight[0][half], weight[1][half]));
+          store_words(d_scores + to, interleave<Word>(d_score[0][half], d_score[1][half]));
+          store_words(d_rows + half * kPitch + j / 2,
+                      neighbours<Word>(d_score[half][0], d_score[half][1]));
         }
       }
     }
   }
 
-  // What the tile adds to d_k and d_v of `count` keys from `key`.
-  void add_to_keys(const Slice& tile, int64_t key, int64_t count, Memory& m) const {
+  // What the tile adds to d_k and d_v of the keys [key, key_end) of a panel.
+  void add_to_keys(const Slice& tile, int64_t key, int64_t key_end, const Keys& keys,
+                   Memory& m) const {
     const int64_t begin = std::max<int64_t>(p.keys.start[key], tile.begin) - tile.begin;
-    const int64_t end = std::min<int64_t>(p.keys.end[key + count - 1], tile.end) - tile.begin;
+    const int64_t end = std::min<int64_t>(p.keys.end[key_end - 1], tile.end) - tile.begin;
     if (begin >= end) return;
     const int64_t skip = begin / kPerWord<Word> / kDepthStep<Word> * kDepthStep<Word>;
-    const int64_t depth = ceil_div(end, kPerWord<Word>) - skip;
-    const int64_t from = skip * kPitch + key - tile.key_begin, to = (key - tile.key_begin) * width;
-    const int64_t pitch = words<Word>(tile.end - tile.begin) * kPanel;
-    const int64_t vectors = ceil_div(p.dim, kLanes);
-    multiply<Left::columns>(
-        count, vectors, depth,
-        Product<Word>{m.words(m.weights) + from, m.words(m.d_out_tokens) + skip * kPanel, pitch,
-                      m.d_v.get() + to, width},
-        true);
-    multiply<Left::columns>(
-        count, vectors, depth,
-        Product<Word>{m.words(m.d_score_columns) + from, m.words(m.q_tokens) + skip * kPanel, pitch,
-                      m.d_k.get() + to, width},
-        true);
+    const int64_t depth = ceil_div(end, kPerWord<Word>) - skip, column = key - tile.key_begin;
+    const auto add = [&](const Buffer& left, const Buffer& right, float* sums) {
+      for (int64_t d = 0; d < p.dim; d += kRows<Word>)
+        multiply(std::min<int64_t>(kRows<Word>, p.dim - d), ceil_div(key_end - key, kLanes), depth,
+                 Product<Word>{m.words(left) + d * kPitch + skip, m.panel(right, column, skip), 0,
+                               sums + d * kKeyPitch + column, kKeyPitch},
+                 true);
+    };
+    add(m.d_out_tokens, m.weights, keys.d_v);
+    add(m.q_tokens, m.d_scores, keys.d_k);
+  }
+
+  // What a tile of one query adds to the keys [first, last), and to no others: it may hold NaN.
+  void add_query(const Slice& tile, int64_t h, int64_t first, int64_t last, const Keys& keys,
+                 Memory& m) const {
+    const auto add = [&](const T* query, const Buffer& right, float* sums) {
+      for (int64_t d = 0; d < p.dim; ++d, sums += kKeyPitch)
+        for (int64_t j = first - tile.key_begin; j < last - tile.key_begin; ++j)
+          sums[j] += to_float(query[d]) * first_of(m.panel(right, j, 0)[j % kPanel]);
+    };
+    add(head(p.d_out, h, tile.begin, tile.end)[tile.begin], m.weights, keys.d_v);
+    add(Head<T>(p.q, p.q_strides, h, tile.begin, tile.end)[tile.begin], m.d_scores, keys.d_k);
   }
 };
 

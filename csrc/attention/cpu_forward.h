@@ -129,10 +129,10 @@ class Forward {
     if (columns.begin >= columns.end) return;
     float* scores = m.scores.get();
     const float scale = scale_later == 1.0f ? p.softmax_scale : 1.0f;
-    multiply<Left::rows>(count, columns.vectors(), depth,
-                         Product<Word>{m.queries_at(at), m.packed_keys() + columns.begin * depth,
-                                       kPanel * depth, scores, kPitch, scale},
-                         false);
+    multiply(count, columns.vectors(), depth,
+             Product<Word>{m.queries_at(at), m.packed_keys() + columns.begin * depth,
+                           kPanel * depth, scores, kPitch, scale},
+             false);
     const int64_t size = columns.end - columns.begin, offset = begin + columns.begin;
     for (int64_t r = 0; r < count; r += kLanes) {
       const int64_t rows = std::min<int64_t>(kLanes, count - r);
@@ -151,11 +151,10 @@ class Forward {
       soften(scores + r * kPitch, size, m, at + r);
     }
     const int64_t skip = columns.begin / kPerWord<Word>;
-    multiply<Left::rows>(
-        count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
-        Product<Word>{reinterpret_cast<const Word*>(scores), m.packed_values() + skip * kPanel,
-                      words<Word>(end - begin) * kPanel, m.sums.get() + at * width, width},
-        true);
+    multiply(count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
+             Product<Word>{reinterpret_cast<const Word*>(scores), m.packed_values() + skip * kPanel,
+                           words<Word>(end - begin) * kPanel, m.sums.get() + at * width, width},
+             true);
   }
 
   // Lanes of which the largest is a row's largest score that is not NaN, or -inf.
@@ -215,7 +214,8 @@ class Forward {
     const float total = sum_of(load(m.totals.get() + at * kLanes));
     store_row(m.sums.get() + at * width, empty ? 1.0f : 1.0f / total, p.dim,
               static_cast<T*>(p.out) + (i * p.heads + h) * p.dim);
-    const double lse = m.peaks.get()[at] * scale_later + std::log(static_cast<double>(total));
+    const double lse =
+        static_cast<double>(m.peaks.get()[at]) * scale_later + std::log(static_cast<double>(total));
     p.lse[i * p.heads + h] = empty ? -kInfinity : static_cast<float>(lse);
     p.lse_rest[i * p.heads + h] = empty ? 0.0f : static_cast<float>(lse - static_cast<float>(lse));
   }

@@ -29,9 +29,6 @@ constexpr int64_t kChain = 32;  // longest plain sum of floats: longer ones lose
 template <typename Word>
 constexpr int64_t kLongest = kPerWord<Word> == 1 ? kChain : INT64_MAX / 2;
 
-// How the left operand lies: row r of word k at a[r * kPitch + k], or at a[k * kPitch + r].
-enum class Left { rows, columns };
-
 // c = factor * a . b, or c += a . b. Rows of c are c_pitch floats apart, panels of b b_pitch words.
 template <typename Word>
 struct Product {
@@ -44,7 +41,7 @@ struct Product {
 };
 
 // One register tile of R rows (of which the first `rows` are wanted) and N vectors.
-template <int R, int N, Left kLeft, typename Word>
+template <int R, int N, typename Word>
 inline void multiply_tile(int64_t rows, int64_t depth, const Product<Word>& x, bool accumulate) {
   const Word *a = x.a, *b = x.b;
   for (int64_t begin = 0; begin < depth; begin += kLongest<Word>) {
@@ -56,11 +53,11 @@ inline void multiply_tile(int64_t rows, int64_t depth, const Product<Word>& x, b
       for (int n = 0; n < N; ++n) right[n] = load_words(b + n * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Lanes left = broadcast_word(kLeft == Left::rows ? a[r * kPitch] : a[r]);
+        const Lanes left = broadcast_word(a[r * kPitch]);
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) sum[r][n] = multiply_add<Word>(sum[r][n], left, right[n]);
       }
-      a += kLeft == Left::rows ? 1 : kPitch;
+      ++a;
     }
     const float factor = end == depth ? x.factor : 1.0f;
 #pragma GCC unroll 16
@@ -75,56 +72,26 @@ inline void multiply_tile(int64_t rows, int64_t depth, const Product<Word>& x, b
   }
 }
 
-// Most words of depth of a left operand that lies by columns and is multiplied in tile registers.
-constexpr int64_t kTurnedDepth = 64;
-
 #ifdef __AMX_BF16__
 
-// The left operand by rows, with zeros from word `depth` on, where it lies by columns.
-class Turned {
- public:
-  Turned(int64_t rows, int64_t depth, const Bfloat16Pair* a) {
-    for (int64_t row = 0; row < rows; row += kLanes)
-      for (int64_t k = 0; k < depth; k += kLanes) {
-        Lanes square[kLanes];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i)
-          square[i] = k + i < depth ? load_words(a + (k + i) * kPitch + row) : Lanes{};
-        transpose(square);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i)
-          store_words(words + (row + i) * kTurnedDepth + k, square[i]);
-      }
-  }
-  alignas(64) Bfloat16Pair words[kRows<Bfloat16Pair> * kTurnedDepth];
-};
-
 // The product in tile registers.
-template <Left kLeft>
 inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Bfloat16Pair> x,
                      bool accumulate) {
   TileProduct product{x.a, kPitch, kLanes, x.b, ceil_div(depth, kLanes)};
-  const auto run = [&] {
-    for (; vectors > 0; vectors -= 2, product.b += x.b_pitch, x.c += kPanel) {
-      const int64_t cols = std::min<int64_t>(vectors * kLanes, kPanel);
-      multiply_tiles(rows, cols, product, x.c, x.c_pitch, accumulate);
-      for (int64_t r = 0; r < rows && x.factor != 1.0f; ++r)
-        for (int64_t j = 0; j < cols; j += kLanes)
-          store(x.c + r * x.c_pitch + j, load(x.c + r * x.c_pitch + j) * x.factor);
-    }
-  };
-  if constexpr (kLeft == Left::rows) return run();
-  const Turned turned(rows, depth, x.a);
-  product.a = turned.words;
-  product.a_pitch = kTurnedDepth;
-  run();
+  for (; vectors > 0; vectors -= 2, product.b += x.b_pitch, x.c += kPanel) {
+    const int64_t cols = std::min<int64_t>(vectors * kLanes, kPanel);
+    multiply_tiles(rows, cols, product, x.c, x.c_pitch, accumulate);
+    for (int64_t r = 0; r < rows && x.factor != 1.0f; ++r)
+      for (int64_t j = 0; j < cols; j += kLanes)
+        store(x.c + r * x.c_pitch + j, load(x.c + r * x.c_pitch + j) * x.factor);
+  }
 }
 
 #endif
 
 // The product for up to kRows rows and any number of vectors of columns. Its thread has
 // TileRegisters.
-template <Left kLeft, typename Word>
+template <typename Word>
 inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Word> x,
                      bool accumulate) {
   constexpr int kRows = moca::MOCA_ISA::kRows<Word>, kThird = kRows / 3;
@@ -132,9 +99,9 @@ inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Word>
     constexpr int R = decltype(height)::value;
     for (int64_t left = vectors; left > 0; left -= 2, x.b += x.b_pitch, x.c += kPanel)
       if (left > 1)
-        multiply_tile<R, 2, kLeft>(rows, depth, x, accumulate);
+        multiply_tile<R, 2>(rows, depth, x, accumulate);
       else
-        multiply_tile<R, 1, kLeft>(rows, depth, x, accumulate);
+        multiply_tile<R, 1>(rows, depth, x, accumulate);
   };
   if (rows > 2 * kThird)
     tiles(std::integral_constant<int, kRows>());
@@ -210,20 +177,39 @@ void pack_dims(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Wor
       }
 }
 
+// kLanes elements from `d` of a token, or of each of the tokens of a word, as words.
+template <typename Word, typename T>
+Lanes token_words(const Head<T>& head, int64_t token, int64_t d, int64_t dim) {
+  for (int next = 0; next < kPerWord<Word>; ++next)
+    __builtin_prefetch(head[token + next] + head.ahead + d);
+  if constexpr (kPerWord<Word> == 1)
+    return words_of<Word>(head[token] + d, dim - d);
+  else
+    return interleave<Word>(head[token] + d, head[token + 1] + d, dim - d);
+}
+
 // Tokens [begin, end) as depth of a right operand whose columns run over D.
 template <typename Word, typename T>
 void pack_tokens(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Word* to) {
   const int64_t depth = words<Word>(end - begin), pitch = depth * kPanel;
   const int64_t last = begin + depth * kPerWord<Word>;
   for (int64_t i = begin; i < last; i += kPerWord<Word>, to += kPanel)
+    for (int64_t d = 0; d < dim; d += kLanes)
+      store_words(to + d / kPanel * pitch + d % kPanel, token_words<Word>(head, i, d, dim));
+}
+
+// Tokens [begin, end) as depth of a left operand whose rows run over D.
+template <typename Word, typename T>
+void pack_left_tokens(const Head<T>& head, int64_t begin, int64_t end, int64_t dim, Word* to) {
+  for (int64_t i = begin; i < end; i += kLanes * kPerWord<Word>, to += kLanes)
     for (int64_t d = 0; d < dim; d += kLanes) {
-      Word* at = to + d / kPanel * pitch + d % kPanel;
-      for (int next = 0; next < kPerWord<Word>; ++next)
-        __builtin_prefetch(head[i + next] + head.ahead + d);
-      if constexpr (kPerWord<Word> == 1)
-        store_words(at, words_of<Word>(head[i] + d, dim - d));
-      else
-        store_words(at, interleave<Word>(head[i] + d, head[i + 1] + d, dim - d));
+      Lanes x[kLanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r)
+        x[r] = token_words<Word>(head, i + r * kPerWord<Word>, d, dim);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) store_words(to + (d + r) * kPitch, x[r]);
     }
 }
 

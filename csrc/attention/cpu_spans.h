@@ -53,8 +53,9 @@ inline bool is_masked(const Spans& spans, const Slice& slice) {
 // The mask: columns outside [start, end) of a row of `size`, and the slack up to a whole panel,
 // become `hidden`.
 inline void mask_row(float* row, int64_t start, int64_t end, int64_t size, float hidden) {
-  std::fill(row, row + std::clamp<int64_t>(start, 0, size), hidden);
-  std::fill(row + std::clamp<int64_t>(end, 0, size), row + round_up(size, kPanel), hidden);
+  if (start > 0) std::fill(row, row + std::min(start, size), hidden);
+  if (end < round_up(size, kPanel))
+    std::fill(row + std::clamp<int64_t>(end, 0, size), row + round_up(size, kPanel), hidden);
 }
 
 // Weight 0 times a hidden NaN or infinity would be NaN: where there are such, rows go one by one.

@@ -17,6 +17,9 @@ struct alignas(4) Bfloat16Pair {
   bfloat16 first, second;
 };
 
+inline float first_of(float word) { return word; }
+inline float first_of(const Bfloat16Pair& word) { return to_float(word.first); }
+
 // Elements of type T are multiplied as words of this type.
 #ifdef __AVX512BF16__
 template <typename T>
