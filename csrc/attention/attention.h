@@ -33,7 +33,7 @@ struct AttentionParams {
   float* lse_rest;  // (T, H), what the rounding took away: weights are exp(score - lse - lse_rest)
   const void* d_out;      // (T, H, D) dtype
   const float* d_lse;     // (T, H)
-  float* delta;           // (T, H), made by the backward: rowsum(out * d_out)
+  float* delta;           // (T, H), made by the backward where it needs it: rowsum(out * d_out)
   void *d_q, *d_k, *d_v;  // dtype, contiguous
   Spans queries, keys;    // sizes T and K
   int64_t heads, kv_heads, dim;

@@ -103,6 +103,21 @@ std::vector<BackwardTask> split_backward(const AttentionParams& p, int64_t float
   return tasks;
 }
 
+// Documents of more keys than a block has, in tiles. For others the backward needs no delta: where
+// all keys of a row meet it at once, it comes from them.
+std::vector<Slice> need_delta(const Spans& spans, int64_t block) {
+  std::vector<Slice> slices;
+  for (const Unit& unit : split_units(spans))
+    for (int64_t t = unit.first_tile; t < unit.last_tile; ++t)
+      for_each_document(spans, spans.tiles[t].row_begin, spans.tiles[t].row_end,
+                        [&](const Slice& slice) {
+                          const bool is_long = unit.last_tile - unit.first_tile > 1;
+                          if (is_long || slice.key_end - slice.key_begin > block)
+                            slices.push_back(slice);
+                        });
+  return slices;
+}
+
 template <typename T>
 void clear_unseen_keys(const AttentionParams& p) {
   const int64_t size = p.kv_heads * p.dim;
@@ -173,9 +188,10 @@ void attention_backward(const AttentionParams& p) {
     MemoryPool<typename Pass::Memory> pool(p.threads, [&] {
       return std::make_unique<typename Pass::Memory>(backward.width, backward.most_blocks, alone);
     });
-    const int64_t blocks = ceil_div(p.queries.size, Pass::kKeys);
-    pool.run(blocks * p.heads, [&](int64_t task, auto& memory) {
-      backward.prepare(task % blocks, task / blocks, memory);
+    const std::vector<Slice> slices = need_delta(p.queries, Pass::kKeys);
+    parallel_for(slices.size() * p.heads, p.threads, [&](int64_t task, int) {
+      const Slice& slice = slices[task / p.heads];
+      backward.prepare(slice.begin, slice.end, task % p.heads);
     });
     clear_unseen_keys<T>(p);
     const auto run = [&](const BackwardTask& task, auto& memory) {

@@ -84,19 +84,14 @@ class Backward {
         group(p.heads / p.kv_heads),
         most_blocks(std::max<int64_t>(1, kCache / (kKeys * (3 * depth + 2 * width)))) {}
 
-  // delta = rowsum(out * d_out) of block `block` of kKeys queries and head h. It adds up as the
-  // products d_out . v do, so that a query with a single key, whose output is that value, gets
-  // gradients of exactly 0.
-  void prepare(int64_t block, int64_t h, Memory& m) const {
-    const int64_t begin = block * kKeys, end = std::min(begin + kKeys, p.queries.size);
-    Word *out = m.words(m.k_dims), *d_out = m.words(m.v_dims);
-    pack_dims(head(p.out, h, begin, end), begin, end, p.dim, out);
-    pack_dims(head(p.d_out, h, begin, end), begin, end, p.dim, d_out);
-    for (int64_t i = 0; i < end - begin; i += kLanes) {
-      const int64_t at = i / kPanel * kPanel * depth + i % kPanel;
-      const Lanes delta = dot_columns(depth, d_out + at, out + at);
-      for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, end - begin - i); ++lane)
-        p.delta[(begin + i + lane) * p.heads + h] = delta[lane];
+  // delta = rowsum(out * d_out) of queries [begin, end) and head h.
+  void prepare(int64_t begin, int64_t end, int64_t h) const {
+    const Head<T> out = head(p.out, h, begin, end), d_out = head(p.d_out, h, begin, end);
+    for (int64_t i = begin; i < end; ++i) {
+      Lanes sum = {};
+      for (int64_t d = 0; d < p.dim; d += kLanes)
+        sum += words_of<float>(out[i] + d, p.dim - d) * words_of<float>(d_out[i] + d, p.dim - d);
+      p.delta[i * p.heads + h] = sum_of(sum);
     }
   }
 

@@ -111,19 +111,6 @@ inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Word>
     tiles(std::integral_constant<int, kThird>());
 }
 
-// kLanes columns of a, each times the same column of b, summed as a product would.
-template <typename Word>
-inline Lanes dot_columns(int64_t depth, const Word* a, const Word* b) {
-  Lanes total = {};
-  for (int64_t begin = 0; begin < depth; begin += kLongest<Word>) {
-    Lanes sum = {};
-    for (int64_t k = begin; k < std::min(begin + kLongest<Word>, depth); ++k)
-      sum = multiply_add<Word>(sum, load_words(a + k * kPanel), load_words(b + k * kPanel));
-    total += sum;
-  }
-  return total;
-}
-
 // One (tokens, D) head of a packed tensor. Tokens outside [begin, end) read as zeros. What is read
 // of a token is fetched `ahead` heads on, too, if the caller will come there next.
 template <typename T>

@@ -125,6 +125,7 @@ def test_shapes(dim, heads, kv_heads):
 def test_softmax_scale():
     check(SpanMask.full(cu(80)), scale=0.3)
     check(SpanMask.full(cu(80)), scale=0.0)
+    check(SpanMask.full(cu(80)), scale=-0.3)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

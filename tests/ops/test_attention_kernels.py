@@ -57,6 +57,21 @@ def test_long_documents_in_parts():
             torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rise", [-40.0, 3.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_rise_from_block_to_block(dtype, rise):
+    """A peak follows the largest score of a block of keys only if that is well above it."""
+    mask = SpanMask.full(cu(1200))
+    inputs = make(mask, 1, 1, 16, dtype)
+    with torch.no_grad():
+        inputs[0][..., 0], inputs[1][..., 0] = 1.0, rise * (torch.arange(1200) // 128)[:, None]
+    run = partial(grads, lambda *x: plain(*x, mask, 1.0))
+    usual, exact = run(inputs), run([x.double() for x in inputs])
+    got = grads(lambda *x: attention(*x, mask, softmax_scale=1.0, return_lse=True), inputs)
+    for name, *values in zip(NAMES, got, usual, exact, strict=True):
+        assert_close_to_exact(*values, dtype, name)
+
+
 def test_hidden_nan_does_not_reach_gradients():
     """Keys that hold NaN or infinity leave the gradients of rows that cannot see them alone."""
     mask = SpanMask.window(cu(50), 7, 0)
