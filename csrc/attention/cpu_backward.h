@@ -251,7 +251,6 @@ class Backward {
              Product<Word>{m.words(m.d_out_rows) + at * kPitch, keys.v_dims + columns.begin * depth,
                            kPanel * depth, m.d_weight_block.get(), kPitch},
              false);
-    const int64_t size = columns.end - columns.begin;
     for (int64_t r = 0; r < count; r += kPerWord<Word>) {
       if (r % kLanes == 0) keep_tiles_awake<Word>();
       Row rows[kPerWord<Word>];
@@ -269,7 +268,7 @@ class Backward {
     }
     const int64_t skip = columns.begin / kPerWord<Word>;
     multiply(
-        count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
+        count, ceil_div(p.dim, kLanes), ceil_div(columns.end - columns.begin, kPerWord<Word>),
         Product<Word>{m.words(m.d_score_rows) + at * kPitch + skip, keys.k_tokens + skip * kPanel,
                       words<Word>(tile.key_end - tile.key_begin) * kPanel, d_q, width},
         true);
@@ -306,6 +305,7 @@ class Backward {
             whole,  p.lse[at], p.lse_rest[at], p.delta[at],  p.d_lse[at]};
   }
 
+  // A scale that comes later is multiplied and subtracted from in one rounding, as lse expects.
   Lanes weight_at(const Row& row, int64_t j) const {
     const Lanes score = load(row.scores + j);
     const Lanes scaled = kInTiles<Word> ? score * p.softmax_scale : score;
@@ -316,12 +316,12 @@ class Backward {
   // keys are all here, delta is taken from the very numbers that it balances: with few keys a delta
   // from elsewhere would cost digits.
   void weigh(Row& row) const {
-    Lanes sum = {};
     mask_row(row.d_weights, row.start, row.end, row.size, 0.0f);
     for (int64_t j = 0; j < round_up(row.size, kPanel); j += kLanes)
       store(row.scores + j, weight_at(row, j));
     mask_row(row.scores, row.start, row.end, row.size, 0.0f);
     if (!row.whole) return;
+    Lanes sum = {};
     for (int64_t j = 0; j < round_up(row.size, kPanel); j += kLanes)
       sum += load(row.scores + j) * load(row.d_weights + j);
     row.delta = sum_of(sum);
