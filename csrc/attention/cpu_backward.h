@@ -82,6 +82,7 @@ class Backward {
         width(round_up(p.dim, kPanel)),
         depth(words<Word>(p.dim)),
         group(p.heads / p.kv_heads),
+        scale(p.softmax_scale),
         most_blocks(std::max<int64_t>(1, kCache / (kKeys * (3 * depth + 2 * width)))) {}
 
   // delta = rowsum(out * d_out) of queries [begin, end) and head h.
@@ -125,6 +126,7 @@ class Backward {
 
   const AttentionParams& p;
   const int64_t width, depth, group;
+  const Scale<Word> scale;
   const int64_t most_blocks;  // of keys, that are packed together and meet each tile of queries
 
  private:
@@ -244,8 +246,7 @@ class Backward {
     if (columns.begin >= columns.end) return;
     multiply(count, columns.vectors(), depth,
              Product<Word>{m.words(m.q_rows) + at * kPitch, keys.k_dims + columns.begin * depth,
-                           kPanel * depth, m.score_block.get(), kPitch,
-                           kInTiles<Word> ? 1.0f : p.softmax_scale},
+                           kPanel * depth, m.score_block.get(), kPitch, scale.in_product},
              false);
     multiply(count, columns.vectors(), depth,
              Product<Word>{m.words(m.d_out_rows) + at * kPitch, keys.v_dims + columns.begin * depth,
@@ -307,9 +308,8 @@ class Backward {
 
   // A scale that comes later is multiplied and subtracted from in one rounding, as lse expects.
   Lanes weight_at(const Row& row, int64_t j) const {
-    const Lanes score = load(row.scores + j);
-    const Lanes scaled = kInTiles<Word> ? score * p.softmax_scale : score;
-    return weight_of<Word>((scaled - row.lse) - row.lse_rest);
+    const Lanes score = load(row.scores + j) * scale.later;
+    return weight_of<Word>((score - row.lse) - row.lse_rest);
   }
 
   // Scores become weights, 0 where they are hidden, even if all the row is NaN. Where the row's

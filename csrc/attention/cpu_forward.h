@@ -31,6 +31,16 @@ inline Lanes weight_of(Lanes x, [[maybe_unused]] float scale = 1.0f) {
   return exp_lanes(x);
 }
 
+// Where scores are multiplied by softmax_scale: in their product, or, made in tiles, which have no
+// place for it, in exponentials; those take it if it keeps the order of scores.
+template <typename Word>
+struct Scale {
+  explicit Scale(float scale)
+      : in_product(kInTiles<Word> && scale > 0 ? 1.0f : scale),
+        later(kInTiles<Word> && scale > 0 ? scale : 1.0f) {}
+  float in_product, later;
+};
+
 template <typename T>
 void store_row(const float* from, float factor, int64_t dim, T* to) {
 #pragma omp simd
@@ -75,7 +85,7 @@ class Forward {
       : p(params),
         width(round_up(p.dim, kPanel)),
         depth(words<Word>(p.dim)),
-        scale_later(kInTiles<Word> && p.softmax_scale > 0 ? p.softmax_scale : 1.0f) {}
+        scale(params.softmax_scale) {}
 
   // Some heads, which share a key head, of the queries [begin, end).
   void run(int64_t begin, int64_t end, const HeadRange& heads, Memory& m) const {
@@ -91,8 +101,7 @@ class Forward {
 
   const AttentionParams& p;
   const int64_t width, depth;
-  // Of scores that are made in tiles: their products have no place for it, but exponentials have.
-  const float scale_later;
+  const Scale<Word> scale;
 
  private:
   void run_slice(const Slice& slice, const HeadRange& range, Memory& m) const {
@@ -128,10 +137,9 @@ class Forward {
     const Columns columns = visible_columns(p.queries, first, first + count - 1, begin, end);
     if (columns.begin >= columns.end) return;
     float* scores = m.scores.get();
-    const float scale = scale_later == 1.0f ? p.softmax_scale : 1.0f;
     multiply(count, columns.vectors(), depth,
              Product<Word>{m.queries_at(at), m.packed_keys() + columns.begin * depth,
-                           kPanel * depth, scores, kPitch, scale},
+                           kPanel * depth, scores, kPitch, scale.in_product},
              false);
     const int64_t size = columns.end - columns.begin, offset = begin + columns.begin;
     for (int64_t r = 0; r < count; r += kLanes) {
@@ -175,13 +183,13 @@ class Forward {
 #pragma GCC unroll 16
     for (int i = 1; i < kLanes; ++i) top = larger(top, tops[i]);
     const Lanes old = load(m.peaks.get() + at);
-    const Lanes rise = keep((top - old) * scale_later > kSlack ? broadcast(1.0f) : Lanes{}, rows);
+    const Lanes rise = keep((top - old) * scale.later > kSlack ? broadcast(1.0f) : Lanes{}, rows);
     if (largest(rise) == 0.0f) return;
     for (int64_t r = 0; r < rows; ++r) {
       if (rise[r] == 0.0f) continue;
       m.peaks.get()[at + r] = top[r];
       if (old[r] == -kInfinity) continue;  // nothing but weights 0, or NaN, was summed
-      const float shrink = std::exp((old[r] - top[r]) * scale_later);
+      const float shrink = std::exp((old[r] - top[r]) * scale.later);
       float *total = m.totals.get() + (at + r) * kLanes, *sums = m.sums.get() + (at + r) * width;
       store(total, load(total) * shrink);
       for (int64_t d = 0; d < p.dim; d += kLanes) store(sums + d, load(sums + d) * shrink);
@@ -195,12 +203,12 @@ class Forward {
     Lanes sum = {};
     Word* words = reinterpret_cast<Word*>(scores);
     for (int64_t j = 0; j < size; j += kLanes * kPerWord<Word>) {
-      const Lanes weight = weight_of<Word>(load(scores + j) - shift, scale_later);
+      const Lanes weight = weight_of<Word>(load(scores + j) - shift, scale.later);
       if constexpr (kPerWord<Word> == 1) {
         sum += weight;
         store_words(words + j, weight);
       } else {
-        const Lanes next = weight_of<Word>(load(scores + j + kLanes) - shift, scale_later);
+        const Lanes next = weight_of<Word>(load(scores + j + kLanes) - shift, scale.later);
         sum += weight + next;
         store_words(words + j / 2, neighbours<Word>(weight, next));
       }
@@ -215,7 +223,7 @@ class Forward {
     store_row(m.sums.get() + at * width, empty ? 1.0f : 1.0f / total, p.dim,
               static_cast<T*>(p.out) + (i * p.heads + h) * p.dim);
     const double lse =
-        static_cast<double>(m.peaks.get()[at]) * scale_later + std::log(static_cast<double>(total));
+        static_cast<double>(m.peaks.get()[at]) * scale.later + std::log(static_cast<double>(total));
     p.lse[i * p.heads + h] = empty ? -kInfinity : static_cast<float>(lse);
     p.lse_rest[i * p.heads + h] = empty ? 0.0f : static_cast<float>(lse - static_cast<float>(lse));
   }

@@ -151,13 +151,15 @@ def test_random_spans(data):
     torch.testing.assert_close(got, [x.float() for x in exact], rtol=1e-5, atol=1e-5)
 
 
-def test_single_key_is_exact():
+@pytest.mark.parametrize("scale", [None, -0.3, 0.0])
+def test_single_key_is_exact(scale):
     """A row with one key returns its value, and there is nothing to learn about the score."""
-    mask = SpanMask.full(cu(1, 1, 1))
+    mask = SpanMask.full(torch.arange(65, dtype=torch.int32))
     for dtype in DTYPES:
         q, k, v, d_out, _ = make(mask, 2, 2, 40, dtype)
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = attention(q, k, v, mask, backend="cpu")
+        leaves = [(8 * x).requires_grad_() for x in (q, k, v)]
+        q, k, v = leaves
+        out = attention(q, k, v, mask, softmax_scale=scale, backend="cpu")
         d_q, d_k, d_v = torch.autograd.grad(out, leaves, d_out)
         assert torch.equal(out, v) and torch.equal(d_v, d_out)
         assert not d_q.any() and not d_k.any()
