@@ -17,9 +17,6 @@ constexpr int64_t kColumns = kInTiles<Word> ? 256 : 384;
 constexpr int64_t kHeads = 4;  // query heads that share one packing of keys
 
 constexpr float kLog2E = 1.44269504088896341f;
-// Peaks that rise by less than this stay where they are: weights up to exp(kSlack) do no harm, and
-// sums need not be scaled again.
-constexpr float kSlack = 5.0f;
 
 // exp(scale * x) of weights that become words. Only what is multiplied in tiles has another scale
 // than 1.
@@ -175,24 +172,27 @@ class Forward {
     return larger(top[0], top[1]);
   }
 
-  // Online softmax: where a row's largest score is well above its peak, it becomes the peak, and
-  // what was summed relative to the old one shrinks.
+  // Online softmax: where a row's largest score is above its peak, it becomes the peak, and what
+  // was summed relative to the old one shrinks.
   void raise_peaks(Lanes (&tops)[kLanes], int64_t rows, Memory& m, int64_t at) const {
     transpose(tops);
     Lanes top = tops[0];
 #pragma GCC unroll 16
     for (int i = 1; i < kLanes; ++i) top = larger(top, tops[i]);
-    const Lanes old = load(m.peaks.get() + at);
-    const Lanes rise = keep((top - old) * scale.later > kSlack ? broadcast(1.0f) : Lanes{}, rows);
-    if (largest(rise) == 0.0f) return;
+    const Lanes old = load(m.peaks.get() + at), peak = larger(top, old);
+    store(m.peaks.get() + at, peak);
+    float shrink[kLanes];
+    store(shrink, exp_lanes((old - peak) * scale.later));
+    int64_t rising[kLanes], count = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      if (rise[r] == 0.0f) continue;
-      m.peaks.get()[at + r] = top[r];
-      if (old[r] == -kInfinity) continue;  // nothing but weights 0, or NaN, was summed
-      const float shrink = std::exp((old[r] - top[r]) * scale.later);
+      rising[count] = r;
+      count += shrink[r] < 1.0f;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = rising[i];
       float *total = m.totals.get() + (at + r) * kLanes, *sums = m.sums.get() + (at + r) * width;
-      store(total, load(total) * shrink);
-      for (int64_t d = 0; d < p.dim; d += kLanes) store(sums + d, load(sums + d) * shrink);
+      store(total, load(total) * shrink[r]);
+      for (int64_t d = 0; d < p.dim; d += kLanes) store(sums + d, load(sums + d) * shrink[r]);
     }
   }
 
