@@ -7,6 +7,7 @@
 // past it, for d_q; once it holds a tile of k and v and streams q and d_out of all heads that share
 // them, for d_k and d_v. Scores are computed twice, and no sum depends on the order in which blocks
 // run.
+#include "attention/softmax_backward.cuh"
 #include "attention/tile.cuh"
 
 namespace moca::attention {
@@ -31,46 +32,26 @@ struct Sizes {
   using Output = float[1][kDim / kParts / 8][4];
 };
 
-__device__ RowSums row_sums(const AttentionCudaParams& p, int64_t head, int query, bool valid) {
-  return valid ? p.rows[head * p.queries.size + query] : RowSums{0, 0};
-}
-
 // Turns scores and d_weights (d_out v^T, or its transpose) into weights and dS, for columns from
 // `column`. kMasked: some row does not see some column.
 template <typename S, bool kMasked>
-__device__ void differentiate(typename S::Scores& scores, typename S::Scores& d_weights,
-                              const AttentionCudaParams& p, const Work& work, int64_t head, int row,
-                              int column) {
-  const Spans& spans = S::kHoldsKeys ? p.keys : p.queries;
-  const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
-  const float scale = p.softmax_scale * kLog2e;
-  int start[2], end[2];
-  RowSums held[2];
+__device__ void make_gradients(typename S::Scores& scores, typename S::Scores& d_weights,
+                               const AttentionCudaParams& p, const Work& work, int64_t head,
+                               int row, int column) {
+  const Seen seen(S::kHoldsKeys ? p.keys : p.queries, work, row);
+  RowSums sums[2];
+  if constexpr (!S::kHoldsKeys) load_row_sums(sums, p, work, row);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int at = row + 8 * r + group;
-    const bool valid = at < work.rows;
-    start[r] = kMasked && valid ? spans.start[work.row + at] : 0;
-    end[r] = kMasked && valid ? spans.end[work.row + at] : 0;
-    held[r] = row_sums(p, head, work.row + at, !S::kHoldsKeys && valid);
-  }
-#pragma unroll
-  for (int n = 0; n < S::kColumns / 8; ++n)
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int at = column + 8 * n + 2 * pair + c;
-      const RowSums streamed = row_sums(p, head, at, S::kHoldsKeys && at < work.end);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const RowSums sums = S::kHoldsKeys ? streamed : held[r];
-        float& score = scores[0][n][2 * r + c];
-        float& gradient = d_weights[0][n][2 * r + c];
-        const bool seen = !kMasked || (start[r] <= at && at < end[r]);
-        const bool alone = sums.lse == -kInfinity;
-        score = !seen ? 0 : alone ? 1 : ptx::exp2(fmaf(score, scale, -sums.lse));
-        gradient = seen ? score * ((alone ? 0 : gradient) - sums.delta) : 0;
-      }
+  for (int n = 0; n < S::kColumns / 8; ++n) {
+    const int at = column + 8 * n + threadIdx.x % 4 * 2;
+    if constexpr (S::kHoldsKeys) {
+      sums[0] = row_sums(p, head, at, at < work.end);
+      sums[1] = row_sums(p, head, at + 1, at + 1 < work.end);
     }
+    weigh<S::kHoldsKeys>(scores[0][n], sums, p.softmax_scale * kLog2e);
+    if constexpr (kMasked) hide(scores[0][n], seen, at);
+    differentiate<S::kHoldsKeys>(d_weights[0][n], scores[0][n], sums);
+  }
 }
 
 template <typename S>
@@ -127,9 +108,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const int block = step % work.blocks, column = work.begin + block * S::kColumns;
     const int q_head = first_head + step / work.blocks;
     if (block < work.full_begin || block >= work.full_end)
-      differentiate<S, true>(scores, d_weights, p, work, q_head, warp_row, column);
+      make_gradients<S, true>(scores, d_weights, p, work, q_head, warp_row, column);
     else
-      differentiate<S, false>(scores, d_weights, p, work, q_head, warp_row, column);
+      make_gradients<S, false>(scores, d_weights, p, work, q_head, warp_row, column);
     const int chunk = part * (S::kDim / S::kParts / 8);
     multiply_weights<S::type>(output, d_weights, streamed(step, false), chunk);
     if constexpr (S::kHoldsKeys)
@@ -191,10 +172,14 @@ void run(const AttentionCudaParams& p, Queue queue) {
 }
 
 template <DType type>
-void backward(const AttentionCudaParams& p, Queue queue) {
+void make_rows(const AttentionCudaParams& p, Queue queue) {
   launch_kernel("attention_backward_rows", attention_backward_rows<type>,
                 ceil_div(p.queries.size * p.heads, kSumThreads / lanes_of(p.dim)), kSumThreads, 0,
                 p, queue);
+}
+
+template <DType type>
+void backward(const AttentionCudaParams& p, Queue queue) {
   visit_dim(p.dim, [&](auto dim) {
     run<Sizes<type, decltype(dim)::value, false>>(p, queue);
     run<Sizes<type, decltype(dim)::value, true>>(p, queue);
@@ -204,7 +189,18 @@ void backward(const AttentionCudaParams& p, Queue queue) {
 }  // namespace
 }  // namespace moca::attention
 
+void moca::attention_backward_rows_cuda(const AttentionCudaParams& p, Queue queue) {
+  if (p.dtype == DType::bfloat16)
+    attention::make_rows<DType::bfloat16>(p, queue);
+  else
+    attention::make_rows<DType::float16>(p, queue);
+}
+
 void moca::attention_backward_cuda(const AttentionCudaParams& p, Queue queue) {
+  attention_backward_rows_cuda(p, queue);
+#ifdef MOCA_HAS_SM90A
+  if (attention_suits_sm90a(p, queue)) return attention_backward_sm90a(p, queue);
+#endif
   if (p.dtype == DType::bfloat16)
     attention::backward<DType::bfloat16>(p, queue);
   else

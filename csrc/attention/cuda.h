@@ -36,8 +36,12 @@ struct AttentionCudaParams {
 void attention_forward_cuda(const AttentionCudaParams& params, Queue queue);
 void attention_backward_cuda(const AttentionCudaParams& params, Queue queue);
 
-// The forward for Hopper, where it suits the call and the GPU; attention_forward_cuda asks.
+// Makes `rows`, the first step of each backward.
+void attention_backward_rows_cuda(const AttentionCudaParams& params, Queue queue);
+
+// Those for Hopper, where they suit the call and the GPU: the functions above ask.
 bool attention_suits_sm90a(const AttentionCudaParams& params, Queue queue);
 void attention_forward_sm90a(const AttentionCudaParams& params, Queue queue);
+void attention_backward_sm90a(const AttentionCudaParams& params, Queue queue);
 
 }  // namespace moca

@@ -133,25 +133,37 @@ __device__ inline void wait_products(float (&d)[1][kColumns][4]) {
   "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, " \
   "%57, %58, %59, %60, %61, %62, %63"
 
-// d = a b, or d += a b if `add`: a (64, 16) and b (16, 128) in shared memory, both K-major.
-#define MOCA_PRODUCT_128(TYPE)                                                            \
-  asm volatile(                                                                           \
-      "{\n"                                                                               \
-      ".reg .pred add;\n"                                                                 \
-      "setp.ne.b32 add, %66, 0;\n"                                                        \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" MOCA_REGISTERS_64 \
-      "}, %64, %65, add, 1, 1, 0, 0;\n"                                                   \
-      "}\n"                                                                               \
-      : MOCA_RESULTS(0), MOCA_RESULTS(8)                                                  \
+// d = a b, or d += a b if `add`: a (64, 16) and b (16, 8 kColumns) in shared memory, both K-major.
+#define MOCA_PRODUCT(N, TYPE, REGISTERS, A, B, ADD, ...)                                           \
+  asm volatile(                                                                                    \
+      "{\n"                                                                                        \
+      ".reg .pred add;\n"                                                                          \
+      "setp.ne.b32 add, " ADD                                                                      \
+      ", 0;\n"                                                                                     \
+      "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B \
+      ", add, 1, 1, 0, 0;\n"                                                                       \
+      "}\n"                                                                                        \
+      : __VA_ARGS__                                                                                \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+
+template <DType type>
+__device__ inline void multiply(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
+  if constexpr (type == DType::bfloat16)
+    MOCA_PRODUCT("64", "bf16", MOCA_REGISTERS_32, "%32", "%33", "%34", MOCA_RESULTS(0));
+  else
+    MOCA_PRODUCT("64", "f16", MOCA_REGISTERS_32, "%32", "%33", "%34", MOCA_RESULTS(0));
+}
 
 template <DType type>
 __device__ inline void multiply(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
   if constexpr (type == DType::bfloat16)
-    MOCA_PRODUCT_128("bf16");
+    MOCA_PRODUCT("128", "bf16", MOCA_REGISTERS_64, "%64", "%65", "%66", MOCA_RESULTS(0),
+                 MOCA_RESULTS(8));
   else
-    MOCA_PRODUCT_128("f16");
+    MOCA_PRODUCT("128", "f16", MOCA_REGISTERS_64, "%64", "%65", "%66", MOCA_RESULTS(0),
+                 MOCA_RESULTS(8));
 }
+#undef MOCA_PRODUCT
 
 // d += a b, for a (64, 16) in registers and b (16, 8 kColumns) in shared memory, MN-major.
 #define MOCA_PRODUCT(N, TYPE, REGISTERS, A0, A1, A2, A3, B, ...)                             \
@@ -195,7 +207,6 @@ __device__ inline void multiply(float (&d)[16][4], const uint32_t (&a)[4], uint6
 #undef MOCA_REGISTERS_8
 #undef MOCA_REGISTERS_32
 #undef MOCA_REGISTERS_64
-#undef MOCA_PRODUCT_128
 #undef MOCA_PRODUCT
 
 }  // namespace moca::ptx

@@ -3,6 +3,7 @@ there is no GPU: fragments, copies, barriers and loop bounds, by the rule and th
 test_attention. On a GPU, test_attention_gpu checks them."""
 
 import ctypes
+import itertools
 import math
 import os
 import subprocess
@@ -68,7 +69,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 @pytest.fixture
 def emulated(library, monkeypatch) -> SimpleNamespace:
     """Makes moca_fast.ops.attention.cuda run on the emulator, on tensors of the CPU."""
-    settings = SimpleNamespace(seed=0, forward="attention_forward")
+    settings = SimpleNamespace(seed=0, suffix="")
 
     def call(name, params, queue, **addresses):
         for field, address in addresses.items():
@@ -81,9 +82,9 @@ def emulated(library, monkeypatch) -> SimpleNamespace:
     native = SimpleNamespace(
         Spans=Spans,
         AttentionCudaParams=Params,
-        attention_forward_cuda=lambda *args: call(settings.forward, *args),
+        attention_forward_cuda=lambda *args: call("attention_forward" + settings.suffix, *args),
         attention_backward_cuda=lambda *args, **kw: call(
-            "attention_backward", *args, kw.pop("queue"), **kw
+            "attention_backward" + settings.suffix, *args, kw.pop("queue"), **kw
         ),
     )
     monkeypatch.setattr(cuda, "_C", native)
@@ -129,8 +130,8 @@ def check(mask, *, heads=2, kv_heads=1, dim=40, dtype=torch.bfloat16, scale=None
 
 @pytest.fixture
 def hopper(emulated) -> SimpleNamespace:
-    """The same, with the forward for Hopper."""
-    emulated.forward = "attention_forward_sm90a"
+    """The same, with the kernels for Hopper."""
+    emulated.suffix = "_sm90a"
     return emulated
 
 
@@ -173,15 +174,20 @@ def test_dims_on_hopper(dim, dtype, hopper):
 def test_pipeline_on_hopper(hopper):
     """Many tiles for few multiprocessors, some that see nothing; warps in other orders."""
     mask = SpanMask.causal(cu(3, 420, 200), total=900)
-    q, k, v, *_ = make(mask, 2, 1, 80, torch.bfloat16)
-    exact = oracle(q.double(), k.double(), v.double(), mask, 0.1)
-    usual = plain(q, k, v, mask, 0.1)
-    outputs = []
+    inputs = make(mask, 2, 1, 80, torch.bfloat16)
+    usual = grads(lambda q, k, v: plain(q, k, v, mask, 0.1), inputs)
+    exact = grads(lambda q, k, v: oracle(q, k, v, mask, 0.1), [x.double() for x in inputs])
+    runs = []
     for hopper.seed in (1000, 2000):
-        with poisoned_memory():
-            outputs.append(cuda.forward(q, k, v, plan(mask), 0.1)[:2])
-    assert all(map(torch.equal, *outputs))
-    assert_close_to_exact(outputs[0][0], usual[0], exact[0], torch.bfloat16)
+        runs.append(run(inputs, mask, 0.1))
+    assert all(map(torch.equal, *runs))
+    for name, *values in zip(NAMES, runs[0], usual, exact, strict=True):
+        assert_close_to_exact(*values, torch.bfloat16, name)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 1), (9, 3)])
+def test_heads_on_hopper(heads, kv_heads, hopper):
+    check(SpanMask.window(cu(7, 151), 20, 90), heads=heads, kv_heads=kv_heads, dim=64)
 
 
 @pytest.mark.parametrize("dim", [16, 24, 32, 56, 64, 72, 80, 88, 96, 104, 128, 136, 192, 200, 256])
@@ -206,13 +212,15 @@ def test_random_spans(emulated):
     for emulated.seed in range(6):
         start = torch.randint(0, 150, (170,), generator=random).sort().values.int()
         end = torch.randint(0, 150, (170,), generator=random).sort().values.int()
-        check(SpanMask(start, torch.maximum(start, end), 150), dim=16)
+        mask = SpanMask(start, torch.maximum(start, end), 150)
+        for dim, emulated.suffix in ((16, ""), (64, "_sm90a")):
+            check(mask, dim=dim)
 
 
 def test_single_key_is_exact(emulated):
     """A row with one key returns its value, and there is nothing to learn about the score."""
     mask = SpanMask.full(cu(1, 1, 1))
-    for dtype in DTYPES:
+    for dtype, emulated.suffix in itertools.product(DTYPES, ("", "_sm90a")):
         inputs = make(mask, 2, 2, 40, dtype)
         inputs[4].zero_()
         out, _, d_q, d_k, d_v = run(inputs, mask, 0.3)
@@ -223,12 +231,7 @@ def test_single_key_is_exact(emulated):
 def test_rows_that_see_nothing(emulated):
     """What is past the documents reaches nobody, be it NaN, and learns nothing."""
     mask = SpanMask.causal(cu(3, 40), total=50)
-    for dim, emulated.forward in (
-        (16, "attention_forward"),
-        (64, "attention_forward"),
-        (64, "attention_forward_sm90a"),
-        (80, "attention_forward_sm90a"),
-    ):
+    for dim, emulated.suffix in ((16, ""), (64, ""), (64, "_sm90a"), (80, "_sm90a")):
         inputs = make(mask, 2, 1, dim, torch.bfloat16)
         clean = run(inputs, mask, 0.25)
         for x in inputs[:4]:

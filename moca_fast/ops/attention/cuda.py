@@ -51,12 +51,12 @@ def backward(
     # No sum here depends on the order in which blocks run, so `deterministic` changes nothing.
     q, scale, sign = _positive(q, softmax_scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    d_out, d_lse = d_out.contiguous(), d_lse.to(torch.float32).contiguous()
+    d_out, d_lse = _rows(d_out.contiguous()), d_lse.to(torch.float32).contiguous()
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     sums = q.new_empty((2, lse.numel()), dtype=torch.float32)  # working memory
     _C.attention_backward_cuda(
         _params(q, k, v, out, lse, mask, scale),
-        d_out=_rows(d_out).data_ptr(),
+        d_out=d_out.data_ptr(),
         d_lse=d_lse.data_ptr(),
         rows=sums.data_ptr(),
         d_q=d_q.data_ptr(),

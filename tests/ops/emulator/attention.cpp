@@ -30,6 +30,16 @@ extern "C" const char* attention_forward_sm90a(const moca::AttentionCudaParams* 
   return run(moca::attention_forward_sm90a, params, seed);
 }
 
+extern "C" const char* attention_backward_sm90a(const moca::AttentionCudaParams* params,
+                                                unsigned seed) {
+  if (!moca::attention_suits_sm90a(*params, {})) return "does not suit";
+  const auto kernels = [](const moca::AttentionCudaParams& p, moca::Queue queue) {
+    moca::attention_backward_rows_cuda(p, queue);
+    moca::attention_backward_sm90a(p, queue);
+  };
+  return run(kernels, params, seed);
+}
+
 extern "C" const char* attention_backward(const moca::AttentionCudaParams* params, unsigned seed) {
   return run(moca::attention_backward_cuda, params, seed);
 }

@@ -41,6 +41,18 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 namespace emulator {
 
 // Threads wait until a counter moves on from the value it had.

@@ -228,9 +228,9 @@ void wait_products(float (&)[1][kColumns][4]) {
   });
 }
 
-template <DType type>
-void multiply(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {
-  start_product(d[0], 128, nullptr, a, b, add, false, type);
+template <DType type, int kColumns>
+void multiply(float (&d)[kColumns][4], uint64_t a, uint64_t b, bool add) {
+  start_product(d[0], 8 * kColumns, nullptr, a, b, add, false, type);
 }
 
 template <DType type, int kColumns>
