@@ -59,10 +59,13 @@ bench-smoke: $(VENV)/.test
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(if $(OUT),--output=$(OUT)) $(ARGS)
 
+# Tests of another build than the installed one; tests/conftest.py refuses to run on any other.
+tested = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(1) PYTEST_ADDOPTS="-o pythonpath=$(CURDIR)/$(1)"
+
 # Python must load the sanitizers' runtimes first, and libstdc++ for them to see exceptions. Torch
 # and Python never free some things, so leaks are not looked for.
 PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(lib)))
-SANITIZED = env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib LD_PRELOAD="$(PRELOAD)" \
+SANITIZED = env $(call tested,build/sanitize/lib) LD_PRELOAD="$(PRELOAD)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
 sanitize: $(VENV)/.test
 	$(PIP) cmake ninja pybind11
@@ -83,7 +86,7 @@ cuda: $(VENV)/.test $(NVCC)/.nvcc
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build --preset cuda
 	$(BIN)/python setup.py --quiet build_py --build-lib build/cuda/lib
-	env PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/cuda/lib $(BIN)/pytest -q $(CUDA_TESTS)
+	env $(call tested,build/cuda/lib) $(BIN)/pytest -q $(CUDA_TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

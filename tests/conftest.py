@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
@@ -28,3 +29,12 @@ def _skipping_hypothesis() -> ModuleType:
 
 if importlib.util.find_spec("hypothesis") is None:
     sys.modules["hypothesis"] = _skipping_hypothesis()
+
+
+def pytest_configure() -> None:
+    """Refuses to test another build than the one that PYTHONPATH names."""
+    spec = importlib.util.find_spec("moca_fast")
+    for folder in map(Path, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        wanted = folder / "moca_fast" / "__init__.py"
+        if wanted.is_file() and (spec is None or not wanted.samefile(spec.origin)):
+            raise pytest.UsageError(f"expected to test {wanted}, found {spec and spec.origin}")

@@ -73,9 +73,11 @@ inline Lanes words_of(const T* from, int64_t count) {
   if constexpr (kPerWord<Word> == 1) {
     return count >= kLanes ? load(from) : load_some(from, count);
   } else {
-    if (count >= 2 * kLanes) return *reinterpret_cast<const LooseLanes*>(from);
     Lanes x = {};
-    std::memcpy(&x, from, count * sizeof(T));
+    if (count >= 2 * kLanes)  // a fixed size is one load
+      std::memcpy(&x, from, sizeof x);
+    else
+      std::memcpy(&x, from, count * sizeof(T));
     return x;
   }
 }
