@@ -21,9 +21,10 @@ def check_tensor(
     where = f"moca_fast.{op}: {name}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: expected a tensor, got {type(value).__name__}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
+    for wanted, size in zip(shape, sizes, strict=False):
+        fits = fits and (wanted == size or isinstance(wanted, str))
     if not fits:
         expected = f"({', '.join(str(s) for s in shape)}{',' if len(shape) == 1 else ''})"
         raise ValueError(f"{where}: expected shape {expected}, got {tuple(value.shape)}")

@@ -12,7 +12,7 @@ On a GPU, "auto" takes a kernel only where its tests have passed on that archite
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -97,26 +97,24 @@ class Kernel:
     module: ModuleType
 
     def forward(self, *inputs: Any) -> Any:
-        with self._as_given(inputs):
-            return self.module.forward(*inputs)
+        return self._run(self.module.forward, inputs)
 
     def backward(self, *inputs: Any) -> Any:
-        with self._as_given(inputs):
-            return self.module.backward(*inputs)
+        return self._run(self.module.backward, inputs)
 
     def forward_with_gradients(self, *inputs: Any) -> Any:
-        with self._as_given(inputs):
-            return self.module.forward_with_gradients(*inputs)
+        return self._run(self.module.forward_with_gradients, inputs)
 
     @staticmethod
-    @contextmanager
-    def _as_given(inputs: tuple) -> Iterator[None]:
+    def _run(function: Callable[..., Any], inputs: tuple) -> Any:
         device = _device(inputs)
+        if device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return function(*inputs)  # as below, for less: small calls are all overhead
         with (
             torch.autocast(device.type, enabled=False),
             torch.cuda.device(device.index if device.type == "cuda" else -1),  # -1 does nothing
         ):
-            yield
+            return function(*inputs)
 
 
 def select(op: str, backend: str, *inputs: object) -> Kernel:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moca_fast import _C
 from moca_fast._checks import check_tensor
+from moca_fast._operator import operator
 from moca_fast.tile_plan import device_tiles
 
 TILE_FIELDS = 5  # row_begin, row_end, key_begin, key_end, masked
@@ -273,7 +274,7 @@ def _raise_where(bad: Tensor, where: str, expected: str, values: Tensor, offset:
         )
 
 
-@torch.library.custom_op("moca_fast::span_tiles", mutates_args=())
+@operator("span_tiles")
 def _span_tiles(start: Tensor, end: Tensor, num_keys: int, rows: int) -> Tensor:
     if start.device.type != "cpu":
         return device_tiles(start, end, rows, _max_tiles(start.shape[0], rows))

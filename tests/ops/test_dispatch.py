@@ -149,3 +149,11 @@ def test_environment_names_an_unknown_instruction_set():
     done = run("-m", "moca_fast", MOCA_CPU_ISA="sse9")
     assert done.returncode != 0
     assert "MOCA_CPU_ISA: expected one of portable" in done.stderr and "got sse9" in done.stderr
+
+
+def test_a_second_derivative_is_refused():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    pooled = moca_fast.pool(hidden, torch.tensor([0, 4], dtype=torch.int32))
+    (gradient,) = torch.autograd.grad(pooled.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"moca_fast\.pool_backward has no gradient"):
+        gradient.sum().backward()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._operator import operator
 from moca_fast.span_mask import SpanMask
 
 OP = "attention"
@@ -105,7 +106,7 @@ def inputs(
     return q, k, v
 
 
-@torch.library.custom_op("moca_fast::attention", mutates_args=())
+@operator("attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -121,7 +122,7 @@ def _forward(
     return kernel.forward(q, k, v, mask, softmax_scale)
 
 
-@torch.library.custom_op("moca_fast::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _backward(
     d_out: Tensor,
     d_lse: Tensor,
@@ -176,7 +177,7 @@ def _autograd(ctx, d_out, d_lse, _):
     )
     needs = ctx.needs_input_grad
     grads = [grad if need else None for grad, need in zip((d_q, d_k, d_v), needs, strict=False)]
-    return *grads, [None] * len(mask), None, None, None
+    return *grads, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -19,6 +19,7 @@ from moca_fast._gradients import (
     made_with_loss,
     scaled_gradients,
 )
+from moca_fast._operator import operator
 
 OP = "info_nce"
 REDUCTIONS = ("mean", "sum", "none")
@@ -179,7 +180,7 @@ def _with_gradient(
     return query, document, hard_negatives, temperature
 
 
-@torch.library.custom_op("moca_fast::info_nce", mutates_args=())
+@operator("info_nce")
 def _forward(
     query: Tensor,
     document: Tensor,
@@ -196,7 +197,7 @@ def _forward(
     return _dispatch.select(OP, backend, *tensors).forward(*tensors)
 
 
-@torch.library.custom_op("moca_fast::info_nce_backward", mutates_args=())
+@operator("info_nce_backward")
 def _backward(
     d_loss: Tensor,
     lse: Tensor,
@@ -216,7 +217,7 @@ def _backward(
     return kernel.backward(d_loss, lse, needs, *tensors)
 
 
-@torch.library.custom_op("moca_fast::info_nce_with_gradients", mutates_args=())
+@operator("info_nce_with_gradients")
 def _forward_with_gradients(
     query: Tensor,
     document: Tensor,

@@ -18,6 +18,7 @@ from moca_fast._gradients import (
     made_with_loss,
     scaled_gradients,
 )
+from moca_fast._operator import operator
 
 OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -117,7 +118,7 @@ def _autocast(tensor: Any) -> Any:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-@torch.library.custom_op("moca_fast::linear_cross_entropy", mutates_args=(), tags=TAGS)
+@operator("linear_cross_entropy", tags=TAGS)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -132,7 +133,7 @@ def _forward(
     return kernel.forward(hidden, weight, labels, bias, ignore_index)
 
 
-@torch.library.custom_op("moca_fast::linear_cross_entropy_backward", mutates_args=(), tags=TAGS)
+@operator("linear_cross_entropy_backward", tags=TAGS)
 def _backward(
     d_loss: Tensor,
     lse: Tensor,
@@ -149,9 +150,7 @@ def _backward(
     return kernel.backward(d_loss, lse, hidden, weight, labels, bias, ignore_index, needs)
 
 
-@torch.library.custom_op(
-    "moca_fast::linear_cross_entropy_with_gradients", mutates_args=(), tags=TAGS
-)
+@operator("linear_cross_entropy_with_gradients", tags=TAGS)
 def _forward_with_gradients(
     hidden: Tensor,
     weight: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._operator import operator
 
 OP = "masked_patch_mse"
 
@@ -65,13 +66,13 @@ def inputs(
     return pred, patches, index
 
 
-@torch.library.custom_op("moca_fast::masked_patch_mse", mutates_args=())
+@operator("masked_patch_mse")
 def _forward(pred: Tensor, patches: Tensor, index: Tensor, normalize: bool, backend: str) -> Tensor:
     kernel = _dispatch.select(OP, backend, pred, patches, index)
     return kernel.forward(pred, patches, index, normalize)
 
 
-@torch.library.custom_op("moca_fast::masked_patch_mse_backward", mutates_args=())
+@operator("masked_patch_mse_backward")
 def _backward(
     d_loss: Tensor, pred: Tensor, patches: Tensor, index: Tensor, normalize: bool, backend: str
 ) -> Tensor:

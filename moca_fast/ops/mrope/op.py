@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._operator import operator
 
 OP = "mrope"
 
@@ -96,7 +97,7 @@ def inputs(
     return q, k, cos, sin
 
 
-@torch.library.custom_op("moca_fast::mrope", mutates_args=())
+@operator("mrope")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -111,7 +112,7 @@ def _forward(
     return kernel.forward(q, k, cos, sin, section, interleaved)
 
 
-@torch.library.custom_op("moca_fast::mrope_backward", mutates_args=())
+@operator("mrope_backward")
 def _backward(
     d_q_out: Tensor,
     d_k_out: Tensor,

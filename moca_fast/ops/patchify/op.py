@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._operator import operator
 
 OP = "patchify"
 # Mean and standard deviation of the images CLIP was trained on, RGB in [0, 1]
@@ -102,7 +103,7 @@ def inputs(
     return image, dtype
 
 
-@torch.library.custom_op("moca_fast::patchify", mutates_args=())
+@operator("patchify")
 def _forward(
     image: Tensor,
     patch_size: int,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moca_fast import _dispatch
 from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._operator import operator
 
 OP = "pool"
 MODES = ("mean", "last")
@@ -64,7 +65,7 @@ def inputs(
     return hidden, cu_seqlens
 
 
-@torch.library.custom_op("moca_fast::pool", mutates_args=())
+@operator("pool")
 def _forward(
     hidden: Tensor, cu_seqlens: Tensor, mean: bool, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ def _forward(
     return kernel.forward(hidden, cu_seqlens, mean, normalize)
 
 
-@torch.library.custom_op("moca_fast::pool_backward", mutates_args=())
+@operator("pool_backward")
 def _backward(
     d_pooled: Tensor,
     hidden: Tensor,
