@@ -83,7 +83,7 @@ class Backward {
         depth(words<Word>(p.dim)),
         group(p.heads / p.kv_heads),
         scale(p.softmax_scale),
-        most_blocks(std::max<int64_t>(1, kCache / (kKeys * (3 * depth + 2 * width)))) {}
+        most_blocks(std::clamp<int64_t>(kCache / kKeys / (3 * depth + 2 * width), 1, 8)) {}
 
   // delta = rowsum(out * d_out) of queries [begin, end) and head h.
   void prepare(int64_t begin, int64_t end, int64_t h) const {
@@ -105,7 +105,8 @@ class Backward {
       const Document document{slice, kv_head, d_q - begin * width, (end - begin) * width,
                               has_hidden_nan(slice, kv_head)};
       const int64_t blocks = ceil_div(slice.key_end - slice.key_begin, kKeys);
-      const int64_t keys = kKeys * std::clamp<int64_t>(blocks / parts, 1, most_blocks);
+      const int64_t runs = parts * ceil_div(blocks, parts * most_blocks);
+      const int64_t keys = kKeys * ceil_div(blocks, runs);
       for (int64_t key = slice.key_begin + part * keys; key < slice.key_end; key += parts * keys)
         run_keys(document, key, std::min(key + keys, slice.key_end), m);
     });
@@ -130,7 +131,7 @@ class Backward {
   const int64_t most_blocks;  // of keys, that are packed together and meet each tile of queries
 
  private:
-  static constexpr int64_t kCache = (kInTiles<Word> ? 256 : 128) * 1024;  // floats
+  static constexpr int64_t kCache = (kInTiles<Word> ? 448 : 128) * 1024;  // floats
 
   struct Document {
     Slice slice;
@@ -308,8 +309,7 @@ class Backward {
 
   // A scale that comes later is multiplied and subtracted from in one rounding, as lse expects.
   Lanes weight_at(const Row& row, int64_t j) const {
-    const Lanes score = load(row.scores + j) * scale.later;
-    return weight_of<Word>((score - row.lse) - row.lse_rest);
+    return weight_of<Word>((load(row.scores + j) * scale.later - row.lse) - row.lse_rest);
   }
 
   // Scores become weights, 0 where they are hidden, even if all the row is NaN. Where the row's
