@@ -104,7 +104,7 @@ class Backward {
     for_each_document(p.queries, begin, end, [&](const Slice& slice) {
       const Document document{slice, kv_head, d_q - begin * width, (end - begin) * width,
                               has_hidden_nan(slice, kv_head)};
-      const int64_t blocks = ceil_div(slice.key_end - slice.key_begin, kKeys);
+      const int64_t blocks = std::max<int64_t>(1, ceil_div(slice.key_end - slice.key_begin, kKeys));
       const int64_t runs = parts * ceil_div(blocks, parts * most_blocks);
       const int64_t keys = kKeys * ceil_div(blocks, runs);
       for (int64_t key = slice.key_begin + part * keys; key < slice.key_end; key += parts * keys)

@@ -181,8 +181,12 @@ class Forward {
     for (int i = 1; i < kLanes; ++i) top = larger(top, tops[i]);
     const Lanes old = load(m.peaks.get() + at), peak = larger(top, old);
     store(m.peaks.get() + at, peak);
+    // Relative to -inf, nothing but weights 0, or NaN, was summed: nothing to shrink.
+    const auto shrinks = (peak > old) & (old > -kInfinity);
+    const Lanes rise = shrinks ? (peak - old) * scale.later : Lanes{};
+    if (largest(rise) == 0.0f) return;
     float shrink[kLanes];
-    store(shrink, exp_lanes((old - peak) * scale.later));
+    store(shrink, exp_lanes(-rise));
     int64_t rising[kLanes], count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       rising[count] = r;
