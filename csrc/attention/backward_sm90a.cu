@@ -15,7 +15,6 @@ template <DType type_, int kDim, bool kHoldsKeys_>
 struct Sizes {
   static constexpr DType type = type_;
   static constexpr bool kHoldsKeys = kHoldsKeys_;
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kRows = kConsumers * kGroupRows;
   // As many as the registers allow: scores, d_weights, d_q or d_k and d_v, and an operand.
   static constexpr int kColumns = kHoldsKeys || kDim > 80 ? 64 : 128;
@@ -87,40 +86,53 @@ __device__ Heads streamed_heads(const AttentionCudaParams& p, const Work& work) 
   return {work.head / group, work.head / group + 1};
 }
 
-// Fills a stage, by one warp. Sums of queries begin where no copy of a box can, so lanes copy them.
-template <typename S>
-__device__ void fill(const AttentionCudaParams& p, const PairOfMaps& maps, Ring<S::kStages>& ring,
-                     int head, int column, int end) {
-  ring.wait_empty();
-  if (threadIdx.x == 0)
-    PairOfTiles<typename S::Streamed>(ring.address()).copy(maps, head, column, ring.full_barrier());
-  if constexpr (S::kHoldsKeys) {
-#pragma unroll 1  // the producer has few registers
-    for (int i = threadIdx.x; i < S::kColumns; i += 32)
-      store_row_sums(ring.address() + S::kTileBytes, i,
-                     row_sums(p, head, column + i, column + i < end));
-    __syncwarp();
-    if (threadIdx.x == 0) ptx::arrive(ring.full_barrier());
-  }
-  ring.next();
-}
-
-template <typename S>
-__device__ void produce(const AttentionCudaParams& p, const AllMaps& maps, Rings<S>& rings) {
+// Calls tile(work) for every tile of this block of threads, and stage(head, column, end) for every
+// stage that streams past it.
+template <typename S, typename Tile, typename Stage>
+__device__ void for_each_stage(const AttentionCudaParams& p, Tile&& tile, Stage&& stage) {
   for (int index = blockIdx.x;; index += gridDim.x) {
     const Work work = find_tile<S>(p, index);
     if (work.rows == 0) return;
     if (work.blocks == 0) continue;
-    rings.held.wait_empty();
-    if (threadIdx.x == 0)
-      PairOfTiles<typename S::Held>(rings.held.address())
-          .copy(maps.held, work.head, work.row, rings.held.full_barrier());
-    rings.held.next();
+    tile(work);
     const Heads heads = streamed_heads<S>(p, work);
     for (int head = heads.begin; head < heads.end; ++head)
       for (int column = work.begin; column < work.end; column += S::kColumns)
-        fill<S>(p, maps.streamed, rings.streamed, head, column, work.end);
+        stage(head, column, work.end);
   }
+}
+
+// By one thread.
+template <typename S>
+__device__ void produce(const AttentionCudaParams& p, const AllMaps& maps, Rings<S>& rings) {
+  const auto fill = [&](auto& ring, auto tiles, const PairOfMaps& maps, int head, int token) {
+    ring.wait_empty();
+    decltype(tiles)(ring.address()).copy(maps, head, token, ring.full_barrier());
+    ring.next();
+  };
+  using Held = PairOfTiles<typename S::Held>;
+  using Streamed = PairOfTiles<typename S::Streamed>;
+  for_each_stage<S>(
+      p, [&](const Work& work) { fill(rings.held, Held(0), maps.held, work.head, work.row); },
+      [&](int head, int column, int) {
+        fill(rings.streamed, Streamed(0), maps.streamed, head, column);
+      });
+}
+
+// By a thread for every column of a stage: the sums of its query. They begin where no copy of a box
+// can, so threads copy them.
+template <typename S>
+__device__ void produce_sums(const AttentionCudaParams& p, Ring<S::kStages>& ring, int at) {
+  for_each_stage<S>(
+      p, [](const Work&) {},
+      [&](int head, int column, int end) {
+        ring.wait_empty();
+        store_row_sums(ring.address() + S::kTileBytes, at,
+                       row_sums(p, head, column + at, column + at < end));
+        __syncwarp();
+        if (at % 32 == 0) ptx::arrive(ring.full_barrier());
+        ring.next();
+      });
 }
 
 // Gradients of a warpgroup's 64 rows: d_q, or d_k and d_v.
@@ -133,8 +145,7 @@ struct Gradients {
 template <typename S>
 __device__ void accumulate(const AttentionCudaParams& p, const Work& work, Rings<S>& rings,
                            Gradients<S>& gradients, int warpgroup) {
-  const Heads heads = streamed_heads<S>(p, work);
-  const int count = (heads.end - heads.begin) * work.blocks;
+  const int steps = (S::kHoldsKeys ? static_cast<int>(p.heads / p.kv_heads) : 1) * work.blocks;
   const int group_row = warpgroup * kGroupRows;
   const int warp_row = group_row + threadIdx.x % kWarpgroup / 32 * 16;
   const float scale = p.softmax_scale * kLog2e;
@@ -144,8 +155,7 @@ __device__ void accumulate(const AttentionCudaParams& p, const Work& work, Rings
   if constexpr (!S::kHoldsKeys) load_row_sums(sums, p, work, warp_row);
   rings.held.wait_full();
   const PairOfTiles<typename S::Held> held(rings.held.address());
-  for (int step = 0, block = 0; step < count;
-       ++step, block = block + 1 < work.blocks ? block + 1 : 0) {
+  for (int step = 0, block = 0; step < steps; ++step) {
     const int column = work.begin + block * S::kColumns;
     const PairOfTiles<typename S::Streamed> streamed(rings.streamed.address());
     const uint32_t streamed_sums = rings.streamed.address() + S::kTileBytes;
@@ -183,6 +193,7 @@ __device__ void accumulate(const AttentionCudaParams& p, const Work& work, Rings
     start_output<S::type>(gradients.first, operand, streamed.first);
     wait_output<0>(gradients.first);
     rings.streamed.release();
+    block = block + 1 < work.blocks ? block + 1 : 0;  // of the next head
   }
   rings.held.release();
 }
@@ -210,21 +221,24 @@ __device__ void consume(const AttentionCudaParams& p, uint32_t shared, Rings<S>&
 }
 
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     attention_backward_wgmma(const __grid_constant__ AttentionCudaParams p,
                              const __grid_constant__ AllMaps maps) {
   const uint32_t shared = (ptx::shared_memory() + 1023) & ~1023u;
   Rings<S> rings(shared);
   if (threadIdx.x == 0) {
     rings.held.init();
-    rings.streamed.init(S::kHoldsKeys ? 2 : 1);  // for the sums too
+    rings.streamed.init(1 + (S::kHoldsKeys ? S::kColumns / 32 : 0));  // the warps that copy sums
     ptx::fence_barriers();
   }
   __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroup;
+  static_assert(have_registers(24, 240));
   if (warpgroup == 0) {
-    ptx::give_registers<32>();
-    if (threadIdx.x < 32) produce<S>(p, maps, rings);
+    ptx::give_registers<24>();
+    if (threadIdx.x == 0) produce<S>(p, maps, rings);
+    const int at = static_cast<int>(threadIdx.x) - 32;
+    if (S::kHoldsKeys && 0 <= at && at < S::kColumns) produce_sums<S>(p, rings.streamed, at);
   } else {
     ptx::take_registers<240>();
     consume<S>(p, shared, rings, warpgroup - 1);
@@ -247,7 +261,7 @@ void run(const AttentionCudaParams& p, Queue queue) {
   const Spans& spans = S::kHoldsKeys ? p.keys : p.queries;
   const int64_t heads = S::kHoldsKeys ? p.kv_heads : p.heads;
   launch_kernel("attention_backward_wgmma", attention_backward_wgmma<S>,
-                count_blocks(count_work(spans, S::kRows, S::kRows, heads), queue), S::kThreads,
+                count_blocks(count_work(spans, S::kRows, S::kRows, heads), queue), kThreads,
                 S::kSharedBytes, p, queue, maps);
 }
 

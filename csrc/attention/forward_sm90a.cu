@@ -14,7 +14,6 @@ namespace {
 template <DType type_, int kDim>
 struct Sizes {
   static constexpr DType type = type_;
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kRows = kConsumers * kGroupRows;
   static constexpr int kKeys = 128;
   static constexpr int kStages = 2;
@@ -154,7 +153,7 @@ __device__ void consume(const AttentionCudaParams& p, uint32_t shared, Rings<S>&
 }
 
 template <typename S>
-__global__ void __launch_bounds__(S::kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     attention_forward_wgmma(const __grid_constant__ AttentionCudaParams p,
                             const __grid_constant__ AllMaps maps) {
   const uint32_t shared = (ptx::shared_memory() + 1023) & ~1023u;
@@ -167,6 +166,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   }
   __syncthreads();
   const int warpgroup = threadIdx.x / kWarpgroup;
+  static_assert(have_registers(40, 232));
   if (warpgroup == 0) {
     ptx::give_registers<40>();
     if (threadIdx.x == 0) produce<S>(p, maps, rings);
@@ -184,8 +184,8 @@ void run(const AttentionCudaParams& p, Queue queue) {
                      make_maps<Keys>(p, p.k, p.keys.size, p.kv_heads, p.k_token, p.k_head),
                      make_maps<Keys>(p, p.v, p.keys.size, p.kv_heads, p.v_token, p.v_head)};
   launch_kernel("attention_forward_wgmma", attention_forward_wgmma<S>,
-                count_blocks(count_work(p.queries, S::kRows, S::kRows, p.heads), queue),
-                S::kThreads, S::kSharedBytes, p, queue, maps);
+                count_blocks(count_work(p.queries, S::kRows, S::kRows, p.heads), queue), kThreads,
+                S::kSharedBytes, p, queue, maps);
 }
 
 template <DType type>

@@ -10,6 +10,14 @@ namespace moca::attention {
 constexpr int kWide = 64, kNarrow = 16;  // columns of a part
 constexpr int kWarpgroup = 128, kConsumers = 2;
 constexpr int kGroupRows = 64;  // of a tile of rows, each consumer has so many
+constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+
+// Registers of a thread: at launch, the most that so many threads can have. The warpgroups then
+// give and take some; what was not given would be waited for for ever.
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+constexpr bool have_registers(int producer, int consumer) {
+  return producer + kConsumers * consumer <= (1 + kConsumers) * kLaunchRegisters;
+}
 
 // Maps of the parts of 64 columns, and of the part of 16.
 struct Maps {
@@ -29,9 +37,9 @@ struct SwizzledTile {
   static constexpr int kBytes = kRows * kDim * 2;
   static_assert(kBytes % 1024 == 0);
 
-  uint32_t base;
+  static constexpr int kNarrowAt = kWideParts * kPartBytes;
 
-  __device__ uint32_t narrow() const { return base + kWideParts * kPartBytes; }
+  uint32_t base;
 
   // Starts its copy from one head, from row `token`; `barrier` counts kBytes.
   __device__ void copy(const Maps& maps, int head, int token, uint32_t barrier) const {
@@ -39,25 +47,25 @@ struct SwizzledTile {
     for (int part = 0; part < kWideParts; ++part)
       ptx::copy_box(base + part * kPartBytes, maps.wide, part * kWide, head, token, barrier);
     if constexpr (kHasNarrow)
-      ptx::copy_box(narrow(), maps.narrow, kWideParts * kWide, head, token, barrier);
+      ptx::copy_box(base + kNarrowAt, maps.narrow, kWideParts * kWide, head, token, barrier);
   }
 
   // Of a product over columns, its 16 from 16 step, of rows from `row`: K-major.
   __device__ uint64_t rows_operand(int row, int step) const {
     constexpr int kSteps = kWide / 16;
     if (kHasNarrow && step / kSteps == kWideParts)
-      return ptx::operand<32>(narrow() + row * kNarrow * 2, 8 * kNarrow * 2);
+      return ptx::operand<32>(base, kNarrowAt + row * kNarrow * 2, 8 * kNarrow * 2);
     return ptx::operand<128>(
-        base + step / kSteps * kPartBytes + row * kWide * 2 + step % kSteps * 32, 8 * kWide * 2);
+        base, step / kSteps * kPartBytes + row * kWide * 2 + step % kSteps * 32, 8 * kWide * 2);
   }
 
   // Of a product over rows, its 16 from 16 step, of the columns of all wide parts, or of the narrow
   // one: MN-major.
   __device__ uint64_t wide_operand(int step) const {
-    return ptx::operand<128>(base + step * 16 * kWide * 2, 8 * kWide * 2, kPartBytes);
+    return ptx::operand<128>(base, step * 16 * kWide * 2, 8 * kWide * 2, kPartBytes);
   }
   __device__ uint64_t narrow_operand(int step) const {
-    return ptx::operand<32>(narrow() + step * 16 * kNarrow * 2, 8 * kNarrow * 2);
+    return ptx::operand<32>(base, kNarrowAt + step * 16 * kNarrow * 2, 8 * kNarrow * 2);
   }
 
   // Rows from `rows` on become 0: other documents' values, which may be NaN. Both warpgroups write
@@ -69,7 +77,7 @@ struct SwizzledTile {
         ptx::store_shared(base + part * kPartBytes + i * 16, uint4{0, 0, 0, 0});
     if constexpr (kHasNarrow)
       for (int i = rows * 2 + thread; i < kRows * 2; i += kWarpgroup)
-        ptx::store_shared(narrow() + i * 16, uint4{0, 0, 0, 0});
+        ptx::store_shared(base + kNarrowAt + i * 16, uint4{0, 0, 0, 0});
     ptx::fence_stores();
     ptx::sync_named(3 + warpgroup, kWarpgroup);
   }

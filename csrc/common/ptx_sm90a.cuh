@@ -82,15 +82,16 @@ __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
 }
 
-// An operand of a product in shared memory, in a swizzle of 128 or 32 bytes: rows of so many bytes,
-// one after another, 8 rows a group. K-major (rows are rows of a, or columns of b): `groups` is the
-// distance of groups of rows. MN-major (rows are rows of b): `groups` is that too, and `columns`
-// the distance of b's next 64 columns. Distances and address in bytes.
+// An operand of a product, `offset` into a tile in shared memory, in a swizzle of 128 or 32 bytes:
+// rows of so many bytes, one after another, 8 rows a group. K-major (rows are rows of a, or columns
+// of b): `groups` is the distance of groups of rows. MN-major (rows are rows of b): `groups` is
+// that too, and `columns` the distance of b's next 64 columns. All in bytes, multiples of 16. The
+// tile's part is the same for all of its operands, so it takes one register.
 template <int kSwizzle>
-__device__ inline uint64_t operand(uint32_t address, int groups, int columns = 16) {
+__device__ inline uint64_t operand(uint32_t tile, uint32_t offset, int groups, int columns = 16) {
   static_assert(kSwizzle == 128 || kSwizzle == 32);
   constexpr uint64_t kMode = kSwizzle == 128 ? 1 : 3;
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) |
+  return static_cast<uint64_t>((tile >> 4) + (offset >> 4)) |
          static_cast<uint64_t>(columns >> 4) << 16 | static_cast<uint64_t>(groups >> 4) << 32 |
          kMode << 62;
 }

@@ -127,8 +127,10 @@ template <int kCount>
 void take_registers() {}
 
 template <int kSwizzle>
-uint64_t operand(uint32_t address, int groups, int columns = 16) {
-  if (address % 16) throw std::runtime_error("operand not aligned");
+uint64_t operand(uint32_t tile, uint32_t offset, int groups, int columns = 16) {
+  const uint32_t address = tile + offset;
+  if (tile % 16 || offset % 16 || address >= 1 << 18)
+    throw std::runtime_error("operand not aligned");
   constexpr uint64_t kMode = kSwizzle == 128 ? 1 : 3;
   return static_cast<uint64_t>(address >> 4) | static_cast<uint64_t>(columns >> 4) << 16 |
          static_cast<uint64_t>(groups >> 4) << 32 | kMode << 62;
