@@ -3,8 +3,9 @@
 //
 // Blocks of threads stay for the whole launch and take tiles of 128 rows in turn. They hold q and
 // d_out of a tile of queries, for d_q, or k and v of a tile of keys, for d_k and d_v; blocks of the
-// other side stream past. One warp, the producer, starts the copies; two warpgroups have 64 rows
-// each: while one makes weights, products of the other run.
+// other side stream past. One thread, the producer, starts the copies, two warps beside it copy
+// what is known of streamed queries; two warpgroups have 64 rows each: while one makes weights,
+// products of the other run.
 #include "attention/softmax_backward.cuh"
 #include "attention/tile_sm90a.cuh"
 
