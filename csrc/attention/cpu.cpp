@@ -33,41 +33,45 @@ std::vector<Unit> split_units(const Spans& spans) {
   return units;
 }
 
-// Queries of a document and some of their heads. Keys are packed once for all of them.
+// Queries of a unit and some of their heads.
 struct ForwardTask {
   int64_t begin, end;
   HeadRange heads;
 };
 
-// Those that share keys, or neighbouring memory, follow each other. `step` heads go together, and
-// so do neighbouring tiles of a long document that begin at the same key, as long as their queries
-// and sums, `floats` for each query and head, stay in cache and no task is more than an eighth of a
-// thread's share.
+// Up to `step` heads share the packing of their keys: a run. A task has several runs of short
+// documents, whose memory is neighbouring, or neighbouring tiles of a long one that begin at the
+// same key, as long as their queries and sums, `floats` for each query and head, stay in cache; but
+// no more than an eighth of a thread's share.
 std::vector<ForwardTask> split_forward(const AttentionParams& p, int64_t step, int64_t floats) {
   constexpr int64_t kCache = 192 * 1024;  // floats
   const Spans& spans = p.queries;
   const std::vector<Unit> units = split_units(spans);
-  const int64_t group = p.heads / p.kv_heads, runs = p.kv_heads * ceil_div(group, step);
-  const int64_t share = (units.empty() ? 0 : units.back().last_tile) * runs / (8 * p.threads);
+  const int64_t group = p.heads / p.kv_heads, runs_of_group = ceil_div(group, step);
+  const int64_t runs = p.kv_heads * runs_of_group;
+  const int64_t tiles = units.empty() ? 0 : units.back().last_tile;
+  const int64_t share = std::max<int64_t>(1, tiles * runs / (8 * p.threads));
+  const auto first_head = [&](int64_t run) {
+    return run / runs_of_group * group + run % runs_of_group * step;
+  };
   std::vector<ForwardTask> tasks;
   for (const Unit& unit : units) {
-    // Threads take turns, so the heads of short documents follow each other `ahead` apart.
-    const int64_t ahead = unit.last_tile - unit.first_tile == 1 ? p.threads * step : 0;
+    const bool is_short = unit.last_tile - unit.first_tile == 1;
+    const int64_t together = is_short ? ceil_div(runs, ceil_div(runs, share)) : 1;  // runs
     const Tile& first = spans.tiles[unit.first_tile];
     const int64_t fitting = kCache / (step * floats * (first.row_end - first.row_begin));
-    const int64_t most = std::max<int64_t>(1, std::min(share, fitting));
-    for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
-      for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h += step)
-        for (int64_t tile = unit.first_tile, last; tile < unit.last_tile; tile = last) {
-          const auto alike = [&](const Tile& t) {
-            return t.key_begin == spans.tiles[tile].key_begin;
-          };
-          for (last = tile + 1; last < std::min(tile + most, unit.last_tile); ++last)
-            if (!alike(spans.tiles[last])) break;
-          tasks.push_back({spans.tiles[tile].row_begin,
-                           spans.tiles[last - 1].row_end,
-                           {h, std::min(h + step, (kv_head + 1) * group), ahead}});
-        }
+    const int64_t most = std::max<int64_t>(1, std::min(share, fitting));  // tiles
+    for (int64_t run = 0; run < runs; run += together) {
+      const HeadRange heads{first_head(run), first_head(std::min(run + together, runs))};
+      for (int64_t tile = unit.first_tile, last; tile < unit.last_tile; tile = last) {
+        const auto alike = [&](const Tile& t) {
+          return t.key_begin == spans.tiles[tile].key_begin;
+        };
+        for (last = tile + 1; last < std::min(tile + most, unit.last_tile); ++last)
+          if (!alike(spans.tiles[last])) break;
+        tasks.push_back({spans.tiles[tile].row_begin, spans.tiles[last - 1].row_end, heads});
+      }
+    }
   }
   return tasks;
 }
@@ -159,12 +163,13 @@ void attention_forward(const AttentionParams& p) {
     const int64_t step = std::min(p.heads / p.kv_heads, kHeads);
     const auto tasks = split_forward(p, step, forward.width + forward.depth);
     int64_t rows = 0;
-    for (const ForwardTask& task : tasks) rows = std::max(rows, task.end - task.begin);
+    for (const ForwardTask& task : tasks)
+      rows = std::max<int64_t>(rows, round_up(task.end - task.begin, kRows<typename Pass::Word>));
     MemoryPool<typename Pass::Memory> pool(p.threads, [&] {
       return std::make_unique<typename Pass::Memory>(rows, step, forward.width);
     });
     pool.run(tasks.size(), [&](int64_t t, auto& memory) {
-      forward.run(tasks[t].begin, tasks[t].end, tasks[t].heads, memory);
+      forward.run(tasks[t].begin, tasks[t].end, tasks[t].heads, step, memory);
     });
   });
 }

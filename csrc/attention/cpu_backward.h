@@ -247,11 +247,11 @@ class Backward {
     if (columns.begin >= columns.end) return;
     multiply(count, columns.vectors(), depth,
              Product<Word>{m.words(m.q_rows) + at * kPitch, keys.k_dims + columns.begin * depth,
-                           kPanel * depth, m.score_block.get(), kPitch, scale.in_product},
+                           kPanel * depth, m.score_block.get(), kPitch, scale.in_product, true},
              false);
     multiply(count, columns.vectors(), depth,
              Product<Word>{m.words(m.d_out_rows) + at * kPitch, keys.v_dims + columns.begin * depth,
-                           kPanel * depth, m.d_weight_block.get(), kPitch},
+                           kPanel * depth, m.d_weight_block.get(), kPitch, 1.0f, true},
              false);
     for (int64_t r = 0; r < count; r += kPerWord<Word>) {
       if (r % kLanes == 0) keep_tiles_awake<Word>();
@@ -377,7 +377,7 @@ class Backward {
       for (int64_t d = 0; d < p.dim; d += kRows<Word>)
         multiply(std::min<int64_t>(kRows<Word>, p.dim - d), ceil_div(key_end - key, kLanes), depth,
                  Product<Word>{m.words(left) + d * kPitch + skip, m.panel(right, column, skip), 0,
-                               sums + d * kKeyPitch + column, kKeyPitch},
+                               sums + d * kKeyPitch + column, kKeyPitch, 1.0f, true},
                  true);
     };
     add(m.d_out_tokens, m.weights, keys.d_v);

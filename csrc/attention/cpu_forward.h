@@ -38,29 +38,28 @@ struct Scale {
   float in_product, later;
 };
 
+// `from` has whole vectors.
 template <typename T>
 void store_row(const float* from, float factor, int64_t dim, T* to) {
-#pragma omp simd
-  for (int64_t d = 0; d < dim; ++d) to[d] = from_float<T>(from[d] * factor);
+  for (; dim >= kLanes; dim -= kLanes, from += kLanes, to += kLanes) store(to, load(from) * factor);
+  if (dim > 0) store_some(to, load(from) * factor, dim);
 }
 
-// Heads [first, last) of a task. The thread is expected `ahead` heads on next, if not 0.
 struct HeadRange {
-  int64_t first, last, ahead;
+  int64_t first, last;
 };
 
-// Working memory of a thread in the forward pass, for up to `rows` rows and `heads` heads.
+// Working memory of a thread in the forward pass, for up to `rows` rows, which fill whole blocks of
+// kRows, and `heads` heads.
 template <typename Word>
 struct ForwardMemory {
-  // Products read so many rows of a left operand, whatever number is asked for.
-  static constexpr int64_t kBlockRows = kRows<Word>;
   ForwardMemory(int64_t rows, int64_t heads, int64_t width)
       : keys(kColumns<Word> * width),
         values(kColumns<Word> * width),
-        queries((heads * rows + kBlockRows) * kPitch),
-        scores(kBlockRows * kPitch),
+        queries(heads * rows * kPitch),
+        scores(kRows<Word> * kPitch),
         sums(heads * rows * width),
-        totals(heads * rows * kLanes),
+        totals((heads * rows + kLanes) * kLanes),
         peaks(heads * rows + kLanes) {}
   Word* queries_at(int64_t row) const {
     return reinterpret_cast<Word*>(queries.get() + row * kPitch);
@@ -84,16 +83,21 @@ class Forward {
         depth(words<Word>(p.dim)),
         scale(params.softmax_scale) {}
 
-  // Some heads, which share a key head, of the queries [begin, end).
-  void run(int64_t begin, int64_t end, const HeadRange& heads, Memory& m) const {
+  // Some heads of the queries [begin, end), up to `most` at a time that share a key head.
+  void run(int64_t begin, int64_t end, const HeadRange& heads, int64_t most, Memory& m) const {
     const TileRegisters registers;
-    const int64_t kv_head = heads.first / (p.heads / p.kv_heads);
-    for_each_document(p.queries, begin, end, [&](const Slice& slice) {
-      const Head<T> v(p.v, p.v_strides, kv_head, slice.key_begin, slice.key_end);
-      if (!is_masked(p.queries, slice) || all_finite(v, p.dim)) return run_slice(slice, heads, m);
-      for (int64_t i = slice.begin; i < slice.end; ++i)
-        run_slice({i, i + 1, slice.key_begin, p.queries.end[i]}, heads, m);
-    });
+    const int64_t group = p.heads / p.kv_heads;
+    for (int64_t h = heads.first, next; h < heads.last; h = next) {
+      next = std::min({h + most, (h / group + 1) * group, heads.last});
+      for_each_document(p.queries, begin, end, [&](const Slice& slice) {
+        const Head<T> v(p.v, p.v_strides, h / group, slice.key_begin, slice.key_end);
+        const int64_t ahead = next < heads.last ? next - h : 0;
+        if (!is_masked(p.queries, slice) || all_finite(v, p.dim))
+          return run_slice(slice, {h, next}, ahead, m);
+        for (int64_t i = slice.begin; i < slice.end; ++i)
+          run_slice({i, i + 1, slice.key_begin, p.queries.end[i]}, {h, next}, ahead, m);
+      });
+    }
   }
 
   const AttentionParams& p;
@@ -101,42 +105,55 @@ class Forward {
   const Scale<Word> scale;
 
  private:
-  void run_slice(const Slice& slice, const HeadRange& range, Memory& m) const {
-    const int64_t rows = slice.end - slice.begin, heads = range.last - range.first;
+  // Some heads that share a key head; the thread is expected `ahead` heads on next, if not 0.
+  void run_slice(const Slice& slice, const HeadRange& range, int64_t ahead, Memory& m) const {
+    const int64_t size = slice.end - slice.begin, heads = range.last - range.first;
+    const int64_t rows = round_up(size, kRows<Word>);  // of a head, in memory
     const int64_t group = p.heads / p.kv_heads, kv_head = range.first / group;
     const int64_t seen_begin = p.queries.start[slice.begin], seen_end = slice.key_end;
-    const Head<T> k(p.k, p.k_strides, kv_head, seen_begin, seen_end, range.ahead / group);
-    const Head<T> v(p.v, p.v_strides, kv_head, seen_begin, seen_end, range.ahead / group);
+    if (seen_begin == seen_end) return clear_rows(slice, range);
+    const Head<T> k(p.k, p.k_strides, kv_head, seen_begin, seen_end, ahead / group);
+    const Head<T> v(p.v, p.v_strides, kv_head, seen_begin, seen_end, ahead / group);
     for (int64_t h = 0; h < heads; ++h)
-      pack_left(Head<T>(p.q, p.q_strides, range.first + h, slice.begin, slice.end, range.ahead),
+      pack_left(Head<T>(p.q, p.q_strides, range.first + h, slice.begin, slice.end, ahead),
                 slice.begin, slice.end, p.dim, m.queries_at(h * rows));
-    std::fill_n(m.sums.get(), heads * rows * width, 0.0f);
-    std::fill_n(m.totals.get(), heads * rows * kLanes, 0.0f);
     std::fill_n(m.peaks.get(), heads * rows, -kInfinity);
     for (int64_t begin = slice.key_begin; begin < slice.key_end; begin += kColumns<Word>) {
       const int64_t end = std::min(begin + kColumns<Word>, slice.key_end);
       pack_dims(k, begin, end, p.dim, m.packed_keys());
       pack_tokens(v, begin, end, p.dim, m.packed_values());
       for (int64_t h = 0; h < heads; ++h)
-        for (int64_t row = slice.begin; row < slice.end; row += kRows<Word>)
-          add_block(m, row, std::min<int64_t>(kRows<Word>, slice.end - row),
-                    h * rows + row - slice.begin, begin, end);
+        for (int64_t r = 0; r < size; r += kRows<Word>)
+          add_block(m, slice.begin + r, std::min<int64_t>(kRows<Word>, size - r), range.first + h,
+                    h * rows + r, begin, end);
     }
     for (int64_t h = 0; h < heads; ++h)
-      for (int64_t i = slice.begin; i < slice.end; ++i)
-        finish_row(m, h * rows + i - slice.begin, i, range.first + h);
+      for (int64_t r = 0; r < size; r += kLanes)
+        finish_rows(m, h * rows + r, slice.begin + r, std::min<int64_t>(kLanes, size - r),
+                    range.first + h);
   }
 
-  // Folds keys [begin, end), which are packed, into the sums of `count` rows from `first`, which
-  // are rows `at` .. of the thread's memory.
-  void add_block(Memory& m, int64_t first, int64_t count, int64_t at, int64_t begin,
+  // Rows that see no keys.
+  void clear_rows(const Slice& slice, const HeadRange& range) const {
+    for (int64_t i = slice.begin; i < slice.end; ++i)
+      for (int64_t at = i * p.heads + range.first; at < i * p.heads + range.last; ++at) {
+        std::fill_n(static_cast<T*>(p.out) + at * p.dim, p.dim, T{});
+        p.lse[at] = -kInfinity;
+        p.lse_rest[at] = 0.0f;
+      }
+  }
+
+  // Folds keys [begin, end), which are packed, into the sums of `count` rows from `first`, of head
+  // h, which are rows `at` .. of the thread's memory.
+  void add_block(Memory& m, int64_t first, int64_t count, int64_t h, int64_t at, int64_t begin,
                  int64_t end) const {
     const Columns columns = visible_columns(p.queries, first, first + count - 1, begin, end);
     if (columns.begin >= columns.end) return;
+    const bool has_sums = p.queries.start[first] < begin;
     float* scores = m.scores.get();
     multiply(count, columns.vectors(), depth,
              Product<Word>{m.queries_at(at), m.packed_keys() + columns.begin * depth,
-                           kPanel * depth, scores, kPitch, scale.in_product},
+                           kPanel * depth, scores, kPitch, scale.in_product, true},
              false);
     const int64_t size = columns.end - columns.begin, offset = begin + columns.begin;
     for (int64_t r = 0; r < count; r += kLanes) {
@@ -153,13 +170,15 @@ class Forward {
     }
     for (int64_t r = 0; r < count; ++r) {
       if (r % kLanes == 0) keep_tiles_awake<Word>();
-      soften(scores + r * kPitch, size, m, at + r);
+      soften(scores + r * kPitch, size, m, at + r, has_sums);
+      if (p.queries.end[first + r] <= end) fetch_out(first + r, h);
     }
     const int64_t skip = columns.begin / kPerWord<Word>;
     multiply(count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
              Product<Word>{reinterpret_cast<const Word*>(scores), m.packed_values() + skip * kPanel,
-                           words<Word>(end - begin) * kPanel, m.sums.get() + at * width, width},
-             true);
+                           words<Word>(end - begin) * kPanel, m.sums.get() + at * width, width,
+                           1.0f, true},
+             has_sums);
   }
 
   // Lanes of which the largest is a row's largest score that is not NaN, or -inf.
@@ -201,7 +220,7 @@ class Forward {
   }
 
   // Scores of a row become weights exp(score - peak), in words.
-  void soften(float* scores, int64_t size, Memory& m, int64_t at) const {
+  void soften(float* scores, int64_t size, Memory& m, int64_t at, bool has_sums) const {
     const float peak = m.peaks.get()[at];
     const float shift = peak == -kInfinity ? 0.0f : peak;  // only -inf, or NaN, so far
     Lanes sum = {};
@@ -218,18 +237,35 @@ class Forward {
       }
     }
     float* total = m.totals.get() + at * kLanes;
-    store(total, load(total) + sum);
+    store(total, has_sums ? load(total) + sum : sum);
   }
 
-  void finish_row(const Memory& m, int64_t at, int64_t i, int64_t h) const {
-    const bool empty = p.queries.start[i] == p.queries.end[i];
-    const float total = sum_of(load(m.totals.get() + at * kLanes));
-    store_row(m.sums.get() + at * width, empty ? 1.0f : 1.0f / total, p.dim,
-              static_cast<T*>(p.out) + (i * p.heads + h) * p.dim);
-    const double lse =
-        static_cast<double>(m.peaks.get()[at]) * scale.later + std::log(static_cast<double>(total));
-    p.lse[i * p.heads + h] = empty ? -kInfinity : static_cast<float>(lse);
-    p.lse_rest[i * p.heads + h] = empty ? 0.0f : static_cast<float>(lse - static_cast<float>(lse));
+  T* out_of(int64_t i, int64_t h) const {
+    return static_cast<T*>(p.out) + (i * p.heads + h) * p.dim;
+  }
+
+  // The row will be written soon.
+  void fetch_out(int64_t i, int64_t h) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t d = 0; d < p.dim; d += kLine) __builtin_prefetch(out_of(i, h) + d, 1);
+  }
+
+  // Writes `count` rows from `first`, of head h, which are rows `at` .. of the thread's memory.
+  void finish_rows(const Memory& m, int64_t at, int64_t first, int64_t count, int64_t h) const {
+    Lanes totals[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) totals[r] = load(m.totals.get() + (at + r) * kLanes);
+    transpose(totals);
+    for (int r = 1; r < kLanes; ++r) totals[0] += totals[r];
+    const Lanes inverse = 1.0f / totals[0];
+    double logs[kLanes];
+    log_lanes(totals[0], logs);
+    for (int64_t r = 0; r < count; ++r) {
+      store_row(m.sums.get() + (at + r) * width, inverse[r], p.dim, out_of(first + r, h));
+      const int64_t to = (first + r) * p.heads + h;
+      const double lse = double{m.peaks.get()[at + r]} * scale.later + logs[r];
+      p.lse[to] = static_cast<float>(lse);
+      p.lse_rest[to] = static_cast<float>(lse - p.lse[to]);
+    }
   }
 };
 

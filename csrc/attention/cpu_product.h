@@ -38,6 +38,7 @@ struct Product {
   float* c;
   int64_t c_pitch;
   float factor = 1.0f;
+  bool roomy = false;  // c has rows up to a whole register tile, which may be written
 };
 
 // One register tile of R rows (of which the first `rows` are wanted) and N vectors.
@@ -80,7 +81,8 @@ inline void multiply(int64_t rows, int64_t vectors, int64_t depth, Product<Bfloa
   TileProduct product{x.a, kPitch, kLanes, x.b, ceil_div(depth, kLanes)};
   for (; vectors > 0; vectors -= 2, product.b += x.b_pitch, x.c += kPanel) {
     const int64_t cols = std::min<int64_t>(vectors * kLanes, kPanel);
-    multiply_tiles(rows, cols, product, x.c, x.c_pitch, accumulate);
+    multiply_tiles(x.roomy ? round_up(rows, kTileSide) : rows, cols, product, x.c, x.c_pitch,
+                   accumulate);
     for (int64_t r = 0; r < rows && x.factor != 1.0f; ++r)
       for (int64_t j = 0; j < cols; j += kLanes)
         store(x.c + r * x.c_pitch + j, load(x.c + r * x.c_pitch + j) * x.factor);

@@ -53,9 +53,15 @@ inline bool is_masked(const Spans& spans, const Slice& slice) {
 // The mask: columns outside [start, end) of a row of `size`, and the slack up to a whole panel,
 // become `hidden`.
 inline void mask_row(float* row, int64_t start, int64_t end, int64_t size, float hidden) {
-  if (start > 0) std::fill(row, row + std::min(start, size), hidden);
-  if (end < round_up(size, kPanel))
-    std::fill(row + std::clamp<int64_t>(end, 0, size), row + round_up(size, kPanel), hidden);
+  const int64_t whole = round_up(size, kPanel);
+  const auto mask = [&](int64_t j) {
+    const IntLanes column = kLaneNumbers + static_cast<int32_t>(j);
+    const auto seen =
+        (column >= static_cast<int32_t>(start)) & (column < static_cast<int32_t>(end));
+    store(row + j, seen ? load(row + j) : broadcast(hidden));
+  };
+  for (int64_t j = 0; j < std::min(start, whole); j += kLanes) mask(j);
+  for (int64_t j = std::max<int64_t>(end, 0) / kLanes * kLanes; j < whole; j += kLanes) mask(j);
 }
 
 // Weight 0 times a hidden NaN or infinity would be NaN: where there are such, rows go one by one.

@@ -1,4 +1,4 @@
-// The exponential of vectors.
+// Exponentials and logarithms of vectors.
 #pragma once
 
 #ifdef __AVX512DQ__
@@ -56,5 +56,22 @@ inline Lanes exp2_for_bfloat16(Lanes power) {
       _mm512_maskz_scalef_ps(normal, reinterpret_cast<__m512>(y), bits));
 }
 #endif
+
+// Logarithms of positive normal numbers, off by no more than 2^-35; NaN stays NaN. x = m 2^n with
+// sqrt(1/2) <= m < sqrt(2), and log m = 2 artanh s with s = (m - 1) / (m + 1), as a series.
+inline void log_lanes(Lanes x, double (&to)[kLanes]) {
+  using Doubles __attribute__((vector_size(sizeof(double) * kLanes))) = double;
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  constexpr double kLog2 = 0.693147180559945309;
+  const IntLanes bits = reinterpret_cast<IntLanes>(x), n = (bits - kSqrtHalf) >> 23;
+  const Lanes mantissa = reinterpret_cast<Lanes>(bits - (n << 23)) + (x - x);  // NaN of NaN
+  const Doubles m = __builtin_convertvector(mantissa, Doubles);
+  const Doubles s = (m - 1.0) / (m + 1.0), z = s * s;
+  Doubles y = z * (1.0 / 11) + 1.0 / 9;
+#pragma GCC unroll 4
+  for (int k = 7; k > 0; k -= 2) y = y * z + 1.0 / k;
+  const Doubles log = __builtin_convertvector(n, Doubles) * kLog2 + 2.0 * s * y;
+  std::memcpy(to, &log, sizeof log);
+}
 
 }  // namespace moca::MOCA_ISA

@@ -52,12 +52,24 @@ inline Lanes load(const float* from) { return *reinterpret_cast<const LooseLanes
 inline void store(float* to, Lanes x) { *reinterpret_cast<LooseLanes*>(to) = x; }
 inline Lanes broadcast(float x) { return x - Lanes{}; }  // x + 0 would not be x if x is -0
 
-inline Lanes load(const bfloat16* from) {
+// kLanes numbers of 16 bits. The compiler's own conversions take several steps, and masked forms
+// are here because the plain ones read an undefined register in the headers of GCC 12, which warns.
+inline IntLanes load_halves(const void* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<IntLanes>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<IntLanes>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+#else
   using Half __attribute__((vector_size(sizeof(uint16_t) * kLanes))) = uint16_t;
   Half half;
   std::memcpy(&half, from, sizeof half);
-  return reinterpret_cast<Lanes>(__builtin_convertvector(half, IntLanes) << 16);
+  return __builtin_convertvector(half, IntLanes);
+#endif
 }
+
+inline Lanes load(const bfloat16* from) { return reinterpret_cast<Lanes>(load_halves(from) << 16); }
 
 inline Lanes load(const float16* from) {
   Lanes x;
@@ -97,20 +109,31 @@ Lanes load_some(const T* from, int64_t count) {
   return load(padded);
 }
 
+namespace detail {
+template <std::size_t... I>
+constexpr IntLanes number_lanes(std::index_sequence<I...>) {
+  return IntLanes{I...};
+}
+}  // namespace detail
+constexpr IntLanes kLaneNumbers = detail::number_lanes(std::make_index_sequence<kLanes>());
+
 // The first `count` lanes (kLanes or fewer), then zeros.
 inline Lanes keep(Lanes x, int64_t count) {
-  IntLanes lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane < static_cast<int32_t>(count) ? x : Lanes{};
+  return kLaneNumbers < static_cast<int32_t>(count) ? x : Lanes{};
 }
 
-// Rounded to nearest, ties to even; NaN stays NaN.
+// Rounded to nearest, ties to even; NaN stays NaN. The processor's own way makes subnormals 0.
 inline void store(bfloat16* to, Lanes x) {
+#ifdef __AVX512BF16__
+  const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+  std::memcpy(to, &half, sizeof half);
+#else
   using Half __attribute__((vector_size(sizeof(uint16_t) * kLanes))) = uint16_t;
   const IntLanes bits = reinterpret_cast<IntLanes>(x);
   const IntLanes rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const Half half = __builtin_convertvector((x == x ? rounded : bits | 0x400000) >> 16, Half);
   std::memcpy(to, &half, sizeof half);
+#endif
 }
 
 inline void store(float16* to, Lanes x) {

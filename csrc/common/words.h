@@ -123,17 +123,14 @@ inline Lanes interleave<Bfloat16Pair>(Lanes first, Lanes second) {
 template <>
 inline Lanes interleave<Bfloat16Pair>(const bfloat16* first, const bfloat16* second,
                                       int64_t count) {
-  using Halves __attribute__((vector_size(sizeof(bfloat16) * kLanes))) = uint16_t;
-  Halves low = {}, high = {};
-  if (count >= kLanes) {
-    std::memcpy(&low, first, sizeof low);
-    std::memcpy(&high, second, sizeof high);
-  } else {
-    std::memcpy(&low, first, count * sizeof(bfloat16));
-    std::memcpy(&high, second, count * sizeof(bfloat16));
+  bfloat16 rows[2][kLanes];
+  if (count < kLanes) {
+    copy_padded(rows[0], first, count);
+    copy_padded(rows[1], second, count);
+    first = rows[0];
+    second = rows[1];
   }
-  return reinterpret_cast<Lanes>(__builtin_convertvector(low, IntLanes) |
-                                 (__builtin_convertvector(high, IntLanes) << 16));
+  return reinterpret_cast<Lanes>(load_halves(first) | (load_halves(second) << 16));
 }
 
 #endif

@@ -14,6 +14,7 @@ from test_attention import NAMES, check, cu, grads, make, plain
 
 import moca_fast
 from moca_fast import SpanMask, attention
+from moca_fast.ops.attention.op import plan
 
 
 def check_exp(dtype: torch.dtype, rounding: float) -> None:
@@ -35,6 +36,23 @@ def check_exp(dtype: torch.dtype, rounding: float) -> None:
 def test_exp_over_the_whole_range(dtype, rounding):
     """Four roundings for the exponential, the sum, its reciprocal and the result."""
     check_exp(dtype, rounding)
+
+
+def check_log(dtype: torch.dtype) -> None:
+    """Row n of a causal document whose scores are all 0 has lse log(n), in two floats."""
+    size = 3000
+    zeros = torch.zeros(size, 1, 8, dtype=dtype)
+    spans = plan(SpanMask.causal(cu(size)))
+    _, lse, rest = torch.ops.moca_fast.attention(zeros, zeros, zeros, spans, 1.0, False, "cpu")
+    exact = torch.arange(1, size + 1).double().log()
+    assert lse[0] == 0
+    assert ((lse.double() + rest.double()).flatten() - exact).abs().max() <= 2.0**-35
+    assert (lse.flatten() - exact).abs().max() <= 2.0**-24 * exact.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_over_many_octaves(dtype):
+    check_log(dtype)
 
 
 def test_long_documents_in_parts():
@@ -97,6 +115,8 @@ def check_instruction_set() -> None:
     check(SpanMask.window(cu(600), 300, 3), 1, 1, 24)
     check_exp(torch.float32, 2.0**-21)
     check_exp(torch.bfloat16, 2.0**-7)
+    check_log(torch.float32)
+    check_log(torch.bfloat16)
 
 
 OTHER_ISAS = sorted({*moca_fast._C.supported_isas()} - {moca_fast._C.cpu_isa()})
