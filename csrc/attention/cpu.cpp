@@ -17,6 +17,7 @@ struct Unit {
   int64_t first_tile, last_tile;  // one past
   int64_t begin, end;             // queries
   double cost;                    // pairs of a query and a key
+  bool is_short() const { return last_tile - first_tile == 1; }
 };
 
 std::vector<Unit> split_units(const Spans& spans) {
@@ -56,8 +57,7 @@ std::vector<ForwardTask> split_forward(const AttentionParams& p, int64_t step, i
   };
   std::vector<ForwardTask> tasks;
   for (const Unit& unit : units) {
-    const bool is_short = unit.last_tile - unit.first_tile == 1;
-    const int64_t together = is_short ? ceil_div(runs, ceil_div(runs, share)) : 1;  // runs
+    const int64_t together = unit.is_short() ? ceil_div(runs, ceil_div(runs, share)) : 1;  // runs
     const Tile& first = spans.tiles[unit.first_tile];
     const int64_t fitting = kCache / (step * floats * (first.row_end - first.row_begin));
     const int64_t most = std::max<int64_t>(1, std::min(share, fitting));  // tiles
@@ -76,14 +76,18 @@ std::vector<ForwardTask> split_forward(const AttentionParams& p, int64_t step, i
   return tasks;
 }
 
-// A unit and a key head in the backward pass. A long unit is cut in parts, which take turns at
-// blocks of keys; each then has sums for d_q of its own, `sums` floats into a shared buffer.
+// A unit and some key heads in the backward pass: one of a long unit, which may also be cut in
+// parts, which take turns at blocks of keys; each then has sums for d_q of its own, `sums` floats
+// into a shared buffer.
 struct BackwardTask {
   Unit unit;
-  int64_t kv_head, part, parts, sums;
+  HeadRange kv_heads;
+  int64_t part, parts, sums;
+  double cost() const { return unit.cost * (kv_heads.last - kv_heads.first) / parts; }
 };
 
-// So many parts that no task is more than half of a thread's share; the longest tasks first.
+// So many parts that no task is more than half of a thread's share, and no more heads in a task
+// than an eighth of it; the longest tasks first.
 std::vector<BackwardTask> split_backward(const AttentionParams& p, int64_t floats_per_query,
                                          int64_t block) {
   const std::vector<Unit> units = split_units(p.queries);
@@ -95,15 +99,18 @@ std::vector<BackwardTask> split_backward(const AttentionParams& p, int64_t float
     const int64_t keys = p.queries.end[unit.end - 1] - p.queries.start[unit.begin];
     const double wanted = unit.cost > 0.0 ? std::ceil(2 * p.threads * unit.cost / total) : 1.0;
     const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, keys / block));
-    for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
+    const bool has_share = unit.is_short() && unit.cost > 0.0;
+    const double fitting = has_share ? total / (8 * p.threads * unit.cost) : 1.0;
+    const int64_t together = std::clamp<int64_t>(fitting, 1, p.kv_heads);
+    for (int64_t head = 0; head < p.kv_heads; head += together)
       for (int64_t part = 0; part < parts; ++part) {
-        tasks.push_back({unit, kv_head, part, parts, sums});
+        const HeadRange heads{head, std::min(head + together, p.kv_heads)};
+        tasks.push_back({unit, heads, part, parts, sums});
         if (parts > 1) sums += (unit.end - unit.begin) * floats_per_query;
       }
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const auto& a, const auto& b) {
-    return a.unit.cost * b.parts > b.unit.cost * a.parts;
-  });
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const auto& a, const auto& b) { return a.cost() > b.cost(); });
   return tasks;
 }
 
@@ -115,8 +122,7 @@ std::vector<Slice> need_delta(const Spans& spans, int64_t block) {
     for (int64_t t = unit.first_tile; t < unit.last_tile; ++t)
       for_each_document(spans, spans.tiles[t].row_begin, spans.tiles[t].row_end,
                         [&](const Slice& slice) {
-                          const bool is_long = unit.last_tile - unit.first_tile > 1;
-                          if (is_long || slice.key_end - slice.key_begin > block)
+                          if (!unit.is_short() || slice.key_end - slice.key_begin > block)
                             slices.push_back(slice);
                         });
   return slices;
@@ -202,16 +208,19 @@ void attention_backward(const AttentionParams& p) {
     const auto run = [&](const BackwardTask& task, auto& memory) {
       const Unit& unit = task.unit;
       float* d_q = task.parts > 1 ? sums.get() + task.sums : memory.d_q.get();
-      std::fill_n(d_q, (unit.end - unit.begin) * floats, 0.0f);
-      backward.run(unit.begin, unit.end, task.kv_head, task.part, task.parts, d_q, memory);
-      if (task.parts == 1) backward.store_queries(unit.begin, unit.end, task.kv_head, d_q, 1);
+      for (int64_t head = task.kv_heads.first; head < task.kv_heads.last; ++head) {
+        const int64_t ahead = head + 1 < task.kv_heads.last ? 1 : 0;
+        std::fill_n(d_q, (unit.end - unit.begin) * floats, 0.0f);
+        backward.run(unit.begin, unit.end, head, ahead, task.part, task.parts, d_q, memory);
+        if (task.parts == 1) backward.store_queries(unit.begin, unit.end, head, d_q, 1);
+      }
     };
     pool.run(tasks.size(), [&](int64_t task, auto& memory) { run(tasks[task], memory); });
     parallel_for(tasks.size(), p.threads, [&](int64_t t, int) {
       const BackwardTask& task = tasks[t];
       if (task.parts > 1 && task.part == 0)
-        backward.store_queries(task.unit.begin, task.unit.end, task.kv_head, sums.get() + task.sums,
-                               task.parts);
+        backward.store_queries(task.unit.begin, task.unit.end, task.kv_heads.first,
+                               sums.get() + task.sums, task.parts);
     });
   });
 }

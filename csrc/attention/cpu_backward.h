@@ -7,67 +7,6 @@
 
 namespace moca::MOCA_ISA {
 
-// Keys of a block: their scores with a block of queries stay in cache.
-template <typename Word>
-constexpr int64_t kKeys = kInTiles<Word> ? 128 : 256;
-// Queries of a tile: the depth of the sums for dK and dV.
-template <typename Word>
-constexpr int64_t kQueries = kInTiles<Word> ? 192 : 96;
-
-// Working memory of a thread in the backward pass, for up to `blocks` blocks of keys.
-template <typename Word>
-struct BackwardMemory {
-  static constexpr int64_t kKeys = moca::MOCA_ISA::kKeys<Word>;
-  static constexpr int64_t kQueries = moca::MOCA_ISA::kQueries<Word>;
-  static constexpr int64_t kKeyPitch = kKeys + 16;  // floats between turned rows: no power of two
-  // Products read so many rows of a left operand, whatever number is asked for.
-  static constexpr int64_t kBlockRows = kRows<Word>;
-  static constexpr int64_t kDepth = kQueries / kPerWord<Word>;  // words of a tile of queries
-  static_assert(kDepth % kDepthStep<Word> == 0 && kDepth % kLanes == 0 && kDepth <= kPitch);
-
-  BackwardMemory(int64_t width, int64_t blocks, int64_t d_q_size)
-      : width(width),
-        k_dims(blocks * kKeys * width),
-        v_dims(blocks * kKeys * width),
-        k_tokens(blocks * kKeys * width),
-        q_rows((kQueries + kBlockRows) * kPitch),
-        d_out_rows((kQueries + kBlockRows) * kPitch),
-        q_tokens((width + kBlockRows) * kPitch),
-        d_out_tokens((width + kBlockRows) * kPitch),
-        d_score_rows((kQueries + kBlockRows) * kPitch),
-        weights(kKeys * kDepth),
-        d_scores(kKeys * kDepth),
-        score_block(kBlockRows * kPitch),
-        d_weight_block(kBlockRows * kPitch),
-        d_k(blocks * width * kKeyPitch),
-        d_v(blocks * width * kKeyPitch),
-        d_q(d_q_size) {}
-
-  // A block of packed keys, and the sums of their gradients, turned: (width, kKeyPitch).
-  struct Keys {
-    Word *k_dims, *v_dims, *k_tokens;
-    float *d_k, *d_v;
-  };
-  Keys keys(int64_t block) const {
-    const int64_t at = block * kKeys * width, sums = block * kKeyPitch * width;
-    return {words(k_dims) + at, words(v_dims) + at, words(k_tokens) + at, d_k.get() + sums,
-            d_v.get() + sums};
-  }
-  static Word* words(const Buffer& buffer) { return reinterpret_cast<Word*>(buffer.get()); }
-  // Of a right operand of a tile: words of queries from `word`, of the keys of a panel.
-  static Word* panel(const Buffer& buffer, int64_t key, int64_t word) {
-    return words(buffer) + (key / kPanel * kDepth + word) * kPanel;
-  }
-
-  const int64_t width;
-  Buffer k_dims, v_dims, k_tokens;                                  // right operands, of all blocks
-  Buffer q_rows, d_out_rows, q_tokens, d_out_tokens, d_score_rows;  // left operands of a tile
-  Buffer weights, d_scores;            // right operands of a tile: P, dS, with depth along queries
-  Buffer score_block, d_weight_block;  // of a block of rows
-  Buffer d_k, d_v;                     // sums, of all blocks
-  Buffer d_q;                          // of a task
-};
-
 template <typename T>
 class Backward {
  public:
@@ -98,11 +37,16 @@ class Backward {
 
   // Adds to d_q, (group, end - begin, width) of the queries [begin, end) and the heads of kv_head,
   // what comes from every `parts`-th run of blocks of keys, and writes d_k and d_v of those keys.
-  void run(int64_t begin, int64_t end, int64_t kv_head, int64_t part, int64_t parts, float* d_q,
-           Memory& m) const {
+  // The thread is expected `ahead` key heads on next, if not 0.
+  void run(int64_t begin, int64_t end, int64_t kv_head, int64_t ahead, int64_t part, int64_t parts,
+           float* d_q, Memory& m) const {
     const TileRegisters registers;
     for_each_document(p.queries, begin, end, [&](const Slice& slice) {
-      const Document document{slice, kv_head, d_q - begin * width, (end - begin) * width,
+      const Document document{slice,
+                              kv_head,
+                              ahead,
+                              d_q - begin * width,
+                              (end - begin) * width,
                               has_hidden_nan(slice, kv_head)};
       const int64_t blocks = std::max<int64_t>(1, ceil_div(slice.key_end - slice.key_begin, kKeys));
       const int64_t runs = parts * ceil_div(blocks, parts * most_blocks);
@@ -135,14 +79,18 @@ class Backward {
 
   struct Document {
     Slice slice;
-    int64_t kv_head;
+    int64_t kv_head, ahead;
     float* d_q;  // of query 0 and the first head
     int64_t d_q_head;
     bool row_by_row;
   };
 
-  Head<T> head(const void* base, int64_t h, int64_t begin, int64_t end) const {
-    return Head<T>(base, Strides{p.heads * p.dim, p.dim}, h, begin, end);
+  void fetch_to_write(void* base, int64_t row) const {
+    fetch_row(static_cast<T*>(base) + row * p.dim, p.dim);
+  }
+
+  Head<T> head(const void* base, int64_t h, int64_t begin, int64_t end, int64_t ahead = 0) const {
+    return Head<T>(base, Strides{p.heads * p.dim, p.dim}, h, begin, end, ahead);
   }
 
   bool has_hidden_nan(const Slice& s, int64_t kv_head) const {
@@ -161,8 +109,8 @@ class Backward {
         body(key, std::min(key + kKeys, end), m.keys(block));
     };
     for_each_block([&](int64_t key, int64_t key_end, const auto& keys) {
-      const Head<T> k(p.k, p.k_strides, document.kv_head, key, key_end);
-      const Head<T> v(p.v, p.v_strides, document.kv_head, key, key_end);
+      const Head<T> k(p.k, p.k_strides, document.kv_head, key, key_end, document.ahead);
+      const Head<T> v(p.v, p.v_strides, document.kv_head, key, key_end, document.ahead);
       pack_dims(k, key, key_end, p.dim, keys.k_dims);
       pack_dims(v, key, key_end, p.dim, keys.v_dims);
       pack_tokens(k, key, key_end, p.dim, keys.k_tokens);
@@ -175,7 +123,7 @@ class Backward {
       for (int64_t head = 0; head < group; ++head) {
         const Slice queries{first, std::min(first + step, last), begin, end};
         const int64_t h = document.kv_head * group + head;
-        pack_queries(queries, h, m);
+        pack_queries(queries, h, document.ahead * group, m);
         for_each_block([&](int64_t key, int64_t key_end, const auto& keys) {
           const Slice tile{queries.begin, queries.end, key, key_end};
           if (document.row_by_row) {
@@ -210,9 +158,9 @@ class Backward {
     }
   }
 
-  void pack_queries(const Slice& tile, int64_t h, Memory& m) const {
-    const Head<T> q(p.q, p.q_strides, h, tile.begin, tile.end);
-    const Head<T> d_out = head(p.d_out, h, tile.begin, tile.end);
+  void pack_queries(const Slice& tile, int64_t h, int64_t ahead, Memory& m) const {
+    const Head<T> q(p.q, p.q_strides, h, tile.begin, tile.end, ahead);
+    const Head<T> d_out = head(p.d_out, h, tile.begin, tile.end, ahead);
     pack_left(q, tile.begin, tile.end, p.dim, m.words(m.q_rows));
     pack_left(d_out, tile.begin, tile.end, p.dim, m.words(m.d_out_rows));
     pack_left_tokens(q, tile.begin, tile.end, p.dim, m.words(m.q_tokens));
@@ -232,7 +180,7 @@ class Backward {
     clear_words(ceil_div(count, kPerWord<Word>), words<Word>(count), tile.key_end - tile.key_begin,
                 m);
     for (int64_t key = tile.key_begin; key < last; key += kPanel)
-      if (key + kPanel > first) add_to_keys(tile, key, std::min(key + kPanel, last), keys, m);
+      if (key + kPanel > first) add_to_keys(tile, h, key, std::min(key + kPanel, last), keys, m);
   }
 
   // Weights and gradients of the scores of `count` rows, and what they add to d_q.
@@ -260,6 +208,8 @@ class Backward {
       for (int64_t i = r; i < r + kPerWord<Word>; ++i) {
         rows[i - r] = make_row(tile, i < count ? first + i : -1, h, columns, i, m);
         weighed = weighed || rows[i - r].whole || rows[i - r].is_masked();
+        if (i < count && p.queries.end[first + i] <= tile.key_end)
+          fetch_to_write(p.d_q, (first + i) * p.heads + h);
       }
       if (weighed) {
         for (Row& row : rows) weigh(row);
@@ -366,7 +316,7 @@ class Backward {
   }
 
   // What the tile adds to d_k and d_v of the keys [key, key_end) of a panel.
-  void add_to_keys(const Slice& tile, int64_t key, int64_t key_end, const Keys& keys,
+  void add_to_keys(const Slice& tile, int64_t h, int64_t key, int64_t key_end, const Keys& keys,
                    Memory& m) const {
     const int64_t begin = std::max<int64_t>(p.keys.start[key], tile.begin) - tile.begin;
     const int64_t end = std::min<int64_t>(p.keys.end[key_end - 1], tile.end) - tile.begin;
@@ -380,6 +330,10 @@ class Backward {
                                sums + d * kKeyPitch + column, kKeyPitch, 1.0f, true},
                  true);
     };
+    for (int64_t j = key; j < key_end && p.keys.end[key_end - 1] <= tile.end; ++j) {
+      fetch_to_write(p.d_k, j * p.kv_heads + h / group);
+      fetch_to_write(p.d_v, j * p.kv_heads + h / group);
+    }
     add(m.d_out_tokens, m.weights, keys.d_v);
     add(m.q_tokens, m.d_scores, keys.d_k);
   }

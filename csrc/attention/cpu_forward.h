@@ -5,15 +5,13 @@
 #include <limits>
 #include <type_traits>
 
+#include "attention/cpu_memory.h"
 #include "attention/cpu_spans.h"
 #include "common/exp.h"
 
 namespace moca::MOCA_ISA {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Keys packed at a time: they and their values stay in cache.
-template <typename Word>
-constexpr int64_t kColumns = kInTiles<Word> ? 256 : 384;
 constexpr int64_t kHeads = 4;  // query heads that share one packing of keys
 
 constexpr float kLog2E = 1.44269504088896341f;
@@ -45,30 +43,15 @@ void store_row(const float* from, float factor, int64_t dim, T* to) {
   if (dim > 0) store_some(to, load(from) * factor, dim);
 }
 
+// A row that will be written soon.
+template <typename T>
+void fetch_row(const T* row, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d, 1);
+}
+
 struct HeadRange {
   int64_t first, last;
-};
-
-// Working memory of a thread in the forward pass, for up to `rows` rows, which fill whole blocks of
-// kRows, and `heads` heads.
-template <typename Word>
-struct ForwardMemory {
-  ForwardMemory(int64_t rows, int64_t heads, int64_t width)
-      : keys(kColumns<Word> * width),
-        values(kColumns<Word> * width),
-        queries(heads * rows * kPitch),
-        scores(kRows<Word> * kPitch),
-        sums(heads * rows * width),
-        totals((heads * rows + kLanes) * kLanes),
-        peaks(heads * rows + kLanes) {}
-  Word* queries_at(int64_t row) const {
-    return reinterpret_cast<Word*>(queries.get() + row * kPitch);
-  }
-  Word* packed_keys() const { return reinterpret_cast<Word*>(keys.get()); }
-  Word* packed_values() const { return reinterpret_cast<Word*>(values.get()); }
-  Buffer keys, values, queries, scores;
-  Buffer sums, totals, peaks;  // of each row: sum of weight * value, of weights, what scores are
-                               // taken relative to
 };
 
 template <typename T>
@@ -171,7 +154,7 @@ class Forward {
     for (int64_t r = 0; r < count; ++r) {
       if (r % kLanes == 0) keep_tiles_awake<Word>();
       soften(scores + r * kPitch, size, m, at + r, has_sums);
-      if (p.queries.end[first + r] <= end) fetch_out(first + r, h);
+      if (p.queries.end[first + r] <= end) fetch_row(out_of(first + r, h), p.dim);
     }
     const int64_t skip = columns.begin / kPerWord<Word>;
     multiply(count, ceil_div(p.dim, kLanes), ceil_div(size, kPerWord<Word>),
@@ -242,12 +225,6 @@ class Forward {
 
   T* out_of(int64_t i, int64_t h) const {
     return static_cast<T*>(p.out) + (i * p.heads + h) * p.dim;
-  }
-
-  // The row will be written soon.
-  void fetch_out(int64_t i, int64_t h) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t d = 0; d < p.dim; d += kLine) __builtin_prefetch(out_of(i, h) + d, 1);
   }
 
   // Writes `count` rows from `first`, of head h, which are rows `at` .. of the thread's memory.
