@@ -78,13 +78,17 @@ sanitize: $(VENV)/.test
 	  MOCA_CPU_ISA=$$isa $(SANITIZED) $(BIN)/pytest -q -m kernel -k "not reference" tests/ops || exit 1; \
 	done
 
+# Notices of ptxas that it does not count as warnings tell where products of a warpgroup wait in vain.
 CUDA_TESTS := tests/packaging tests/ops/test_dispatch.py
+cuda: SHELL := bash
+cuda: .SHELLFLAGS := -o pipefail -c
 cuda: $(VENV)/.test $(NVCC)/.nvcc
 	$(PIP) cmake ninja pybind11
 	CUDACXX=$(abspath $(NVCC))/nvidia/cu13/bin/nvcc $(BIN)/cmake --preset cuda \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	$(BIN)/cmake --build --preset cuda
+	$(BIN)/cmake --build --preset cuda 2>&1 | tee build/cuda/build.log
+	! grep -E "instructions are serialized|warpgroup.wait is injected" build/cuda/build.log
 	$(BIN)/python setup.py --quiet build_py --build-lib build/cuda/lib
 	env $(call tested,build/cuda/lib) $(BIN)/pytest -q $(CUDA_TESTS)
 
