@@ -132,7 +132,7 @@ class Forward {
                  int64_t end) const {
     const Columns columns = visible_columns(p.queries, first, first + count - 1, begin, end);
     if (columns.begin >= columns.end) return;
-    const bool has_sums = p.queries.start[first] < begin;
+    const bool has_sums = p.queries.start[first] < begin;  // of keys before these
     float* scores = m.scores.get();
     multiply(count, columns.vectors(), depth,
              Product<Word>{m.queries_at(at), m.packed_keys() + columns.begin * depth,

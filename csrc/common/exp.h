@@ -61,10 +61,13 @@ inline Lanes exp2_for_bfloat16(Lanes power) {
 // sqrt(1/2) <= m < sqrt(2), and log m = 2 artanh s with s = (m - 1) / (m + 1), as a series.
 inline void log_lanes(Lanes x, double (&to)[kLanes]) {
   using Doubles __attribute__((vector_size(sizeof(double) * kLanes))) = double;
-  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  using Bits __attribute__((vector_size(sizeof(uint32_t) * kLanes))) = uint32_t;
+  constexpr uint32_t kSqrtHalf = 0x3f3504f3;
   constexpr double kLog2 = 0.693147180559945309;
-  const IntLanes bits = reinterpret_cast<IntLanes>(x), n = (bits - kSqrtHalf) >> 23;
-  const Lanes mantissa = reinterpret_cast<Lanes>(bits - (n << 23)) + (x - x);  // NaN of NaN
+  const Bits bits = reinterpret_cast<Bits>(x);  // anything may lie in lanes that are not wanted
+  const IntLanes n = reinterpret_cast<IntLanes>(bits - kSqrtHalf) >> 23;
+  const Bits exponent = reinterpret_cast<Bits>(n) << 23;
+  const Lanes mantissa = reinterpret_cast<Lanes>(bits - exponent) + (x - x);  // NaN of NaN
   const Doubles m = __builtin_convertvector(mantissa, Doubles);
   const Doubles s = (m - 1.0) / (m + 1.0), z = s * s;
   Doubles y = z * (1.0 / 11) + 1.0 / 9;
