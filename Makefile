@@ -78,7 +78,7 @@ sanitize: $(VENV)/.test
 	  MOCA_CPU_ISA=$$isa $(SANITIZED) $(BIN)/pytest -q -m kernel -k "not reference" tests/ops || exit 1; \
 	done
 
-# Notices of ptxas that it does not count as warnings tell where products of a warpgroup wait in vain.
+# ptxas gives notice, but no warning, where it makes products of a warpgroup wait for one another.
 CUDA_TESTS := tests/packaging tests/ops/test_dispatch.py
 cuda: SHELL := bash
 cuda: .SHELLFLAGS := -o pipefail -c

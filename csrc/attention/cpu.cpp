@@ -76,9 +76,9 @@ std::vector<ForwardTask> split_forward(const AttentionParams& p, int64_t step, i
   return tasks;
 }
 
-// A unit and some key heads in the backward pass: one of a long unit, which may also be cut in
-// parts, which take turns at blocks of keys; each then has sums for d_q of its own, `sums` floats
-// into a shared buffer.
+// A unit and some key heads in the backward pass. A long unit has one head a task, and may be cut
+// in parts, which take turns at blocks of keys; each part then has sums for d_q of its own, `sums`
+// floats into a shared buffer.
 struct BackwardTask {
   Unit unit;
   HeadRange kv_heads;
