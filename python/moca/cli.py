@@ -24,15 +24,19 @@ from moca.config import (
 
 def _cpt(config: CptConfig) -> None:
     from moca.pretrain import pretrain
+    from moca.run import leave_process_group
 
     pretrain(config)
+    leave_process_group()
     print(f"model: {config.output}/model")
 
 
 def _contrast(config: ContrastConfig) -> None:
     from moca.contrast import contrast
+    from moca.run import leave_process_group
 
     contrast(config)
+    leave_process_group()
     print(f"model: {config.output}/model")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
@@ -39,6 +40,12 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     # Said outright, because without it processes on a machine of CPUs would not find each other.
     cpu = not torch.accelerator.is_available()
     return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[ddp])
+
+
+def leave_process_group() -> None:
+    """What a process of several does last: no run can follow in it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_output(config: RunConfig) -> Path | None:

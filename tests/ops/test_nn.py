@@ -69,7 +69,11 @@ def test_two_processes_make_the_gradients_of_one():
     cases = [[4, 4], [2, 5], [3, 0]]
     with mp.Manager() as manager:
         shared = manager.dict()
-        mp.spawn(train_steps, (cases, free_port(), shared), nprocs=2)
+        # DistributedDataParallel keeps its process group for ever, and a thread of a group that
+        # lets go of a tensor while the interpreter is being torn down aborts the process. A fork
+        # server's children end without tearing it down.
+        arguments = (cases, free_port(), shared)
+        mp.start_processes(train_steps, arguments, nprocs=2, start_method="forkserver")
         results = dict(shared)
     for case, sizes in enumerate(cases):
         model = encoder()
