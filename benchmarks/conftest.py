@@ -13,8 +13,9 @@ import torch
 
 import moca_fast
 from benchmarks.clock import DeviceTime
-from benchmarks.harness import OURS, Runner, measure
+from benchmarks.harness import OURS, Runner
 from benchmarks.machine import machine
+from benchmarks.measure import measure
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 

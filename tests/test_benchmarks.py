@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks.bench_pool import Pool, moca, segment_mean
-from benchmarks.harness import FACTOR, Call, WrongResult, check, extra_memory
+from benchmarks.harness import FACTOR, Call, WrongResult, check
 from benchmarks.limits import Limits
+from benchmarks.measure import extra_memory
 from benchmarks.report import BEST, Run, main, read, section, targets
 
 WORK = Pool(tokens=50, dim=8, documents=4)

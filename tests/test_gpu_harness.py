@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_stages, harness, jobs, outcomes
+from benchmarks import gpu, gpu_stages, jobs, measure, outcomes
 from benchmarks.bench_attention import Attention
 from benchmarks.bench_attention import moca as attention
 from benchmarks.bench_pool import Pool
@@ -396,12 +396,12 @@ def test_sampled_heads_are_those_of_the_whole(dtype, monkeypatch):
 
 def test_a_work_is_given_up_before_the_next_is_made(monkeypatch):
     held = []
-    monkeypatch.setattr(Pool, "leaves", lambda self, device: held.append(len(harness._at_hand)))
+    monkeypatch.setattr(Pool, "leaves", lambda self, device: held.append(len(measure._at_hand)))
     monkeypatch.setattr(Pool, "expected", lambda self, device: [])
     first = Pool(tokens=5, dim=2, documents=1)
-    harness.problem(first, "cpu")
-    harness.problem(first, "cpu")
+    measure.problem(first, "cpu")
+    measure.problem(first, "cpu")
     assert len(held) == 1
-    harness.problem(replace(first, tokens=6), "cpu")
-    harness.problem(first, "cpu")
+    measure.problem(replace(first, tokens=6), "cpu")
+    measure.problem(first, "cpu")
     assert len(held) == 3
