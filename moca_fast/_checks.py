@@ -1,11 +1,21 @@
 """Argument checks shared by the ops: each names what was expected and what came."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_int(op: str, name: str, value: object, least: int | None = None) -> None:
+    """Raise unless `value` is a whole number, of at least `least`."""
+    where = f"moca_fast.{op}: {name}"
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{where}: expected a whole number, got {value!r}")
+    if least is not None and int(value) < least:
+        raise ValueError(f"{where}: expected at least {least}, got {value}")
 
 
 def check_tensor(

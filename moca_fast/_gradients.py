@@ -25,7 +25,11 @@ def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> 
 
 def made_with_loss(tensor: Tensor, backend: str, held: int) -> bool:
     """Whether gradients are made along with the loss of `tensor`: by all but the CPU's kernels,
-    and by those where the scores of `held` rows may be held at a time, and not of none."""
+    and by those where the scores of `held` rows may be held at a time, and not of none.
+
+    Never in float16: before the backward scales it, a gradient may be out of its range."""
+    if tensor.dtype == torch.float16:
+        return False
     return held > 0 or tensor.device.type != "cpu" or backend not in ("auto", "cpu")
 
 
@@ -65,6 +69,8 @@ def scaled_gradients(
     """
     if d_loss is None:
         return (None,) * len(needs)
+    if torch.is_grad_enabled():  # create_graph: what is below leaves no trace in a graph
+        raise RuntimeError(f"moca_fast.{op.__name__} has no second gradient")
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:
         saved = zip(ctx.saved_tensors, ctx.settings, strict=True)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("moca_fast", "FRAGMENT")
 
@@ -52,6 +54,8 @@ class Operator:
         self._differentiable = Differentiable
 
     def _autograd(self, keys, *inputs):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+            raise RuntimeError(f"moca_fast.{self._name} has no forward-mode derivative")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return self._differentiable.apply(*inputs, keys)
         return self._run(keys, inputs)
@@ -62,6 +66,10 @@ class Operator:
 
     def _no_backward(self, ctx, *grads):
         raise RuntimeError(f"moca_fast.{self._name} has no gradient")
+
+
+def _has_tangent(value: object) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def operator(

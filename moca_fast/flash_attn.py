@@ -6,7 +6,7 @@ B documents, T query tokens, K key tokens, H query heads, Hkv key-value heads, D
 import torch
 from torch import Tensor
 
-from moca_fast._checks import check_tensor
+from moca_fast._checks import check_int, check_tensor
 from moca_fast.ops.attention.op import attention
 from moca_fast.span_mask import SpanMask, check_cu_seqlens
 
@@ -43,7 +43,7 @@ def flash_attn_varlen_func(
             and where the last ends; tokens past that see nothing and give 0.
         max_seqlen_q, max_seqlen_k: at least the longest document; checked on the CPU, not needed.
         softmax_scale: factor on the scores; default D ** -0.5.
-        deterministic: the backward repeats bit by bit.
+        deterministic: the backward repeats bit by bit, on a CPU for a given number of threads.
         return_attn_probs: also return the log-sum-exp of each row, and None (flash-attn has
             probabilities to return only where there is dropout).
         dropout_p, softcap, alibi_slopes, block_table: not supported; only their defaults pass.
@@ -70,7 +70,7 @@ def flash_attn_varlen_func(
     check_tensor(OP, "cu_seqlens_k", cu_seqlens_k, shape=shape, dtypes=dtypes, like=cu_seqlens_q)
     _check_longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     _check_longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
-    left, right = window_size
+    left, right = _window(window_size, q.shape[0] + k.shape[0])
     mask = _mask(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], left, 0 if causal else right)
     out, lse = attention(
         q, k, v, mask, softmax_scale=softmax_scale, return_lse=True, deterministic=deterministic
@@ -94,7 +94,20 @@ def _refuse(
             )
 
 
+def _window(window_size: tuple[int, int], widest: int) -> tuple[int, int]:
+    """Its sides, none wider than there are tokens: sums of positions stay in the range of int32."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(
+            f"moca_fast.{OP}: window_size: expected (left, right), got {window_size!r}"
+        )
+    for side in window_size:
+        check_int(OP, "window_size", side)
+    left, right = window_size
+    return torch.sym_min(left, widest), torch.sym_min(right, widest)
+
+
 def _check_longest(name: str, longest: int, cu_seqlens: Tensor) -> None:
+    check_int(OP, name, longest)
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or len(cu_seqlens) < 2:
         return
     actual = int(cu_seqlens.diff().max())

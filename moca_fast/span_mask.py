@@ -5,11 +5,13 @@ B documents, T query tokens, K key tokens (K = T for self-attention), I images.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from moca_fast import _C
-from moca_fast._checks import check_tensor
+from moca_fast._checks import check_int, check_tensor
 from moca_fast._operator import operator
 from moca_fast.tile_plan import device_tiles
 
@@ -50,6 +52,7 @@ class SpanMask:
         self.start = start.contiguous()
         self.end = end.contiguous()
         self.num_keys = size if num_keys is None else num_keys
+        check_int("SpanMask", "num_keys", self.num_keys, 0)
         self._tiles: dict[int, Tensor] = {}
         self._transposed: SpanMask | None = None
         if _checks_values(start) if validate is None else validate:
@@ -98,16 +101,14 @@ class SpanMask:
             cu_seqlens, total, validate: as for `full`.
         """
         for name, value in (("left", left), ("right", right)):
-            if value is not None and value < 0:
-                raise ValueError(
-                    f"moca_fast.SpanMask.window: {name}: expected 0 or more, or None for no limit, "
-                    f"got {value}"
-                )
+            if value is not None:
+                check_int("SpanMask.window", name, value, 0)
         token, start, end = _documents(cu_seqlens, total, validate)
+        size = token.shape[0]  # no window is wider: sums stay in the range of int32
         if right is not None:
-            end = torch.minimum(end, token + (right + 1))
+            end = torch.minimum(end, token + (torch.sym_min(right, size) + 1))
         if left is not None:
-            start = torch.minimum(torch.maximum(start, token - left), end)
+            start = torch.minimum(torch.maximum(start, token - torch.sym_min(left, size)), end)
         return cls(start, end, validate=False)
 
     @classmethod
@@ -159,6 +160,11 @@ class SpanMask:
     def transposed(self) -> SpanMask:
         """The same pairs seen from the keys: key j is seen by queries [start[j], end[j])."""
         if self._transposed is None:
+            self._transposed = self._transpose()
+        return self._transposed
+
+    def _transpose(self) -> SpanMask:
+        with _trainable():
             key = torch.arange(self.num_keys, dtype=torch.int32, device=self.device)
             # Query i sees j if start[i] <= j and j < end[i]: a prefix and a suffix of the queries.
             start = torch.searchsorted(self.end, key, right=True, out_int32=True)
@@ -168,8 +174,7 @@ class SpanMask:
             seen = start < end
             last = torch.where(seen, end, 0).cummax(0).values
             start, end = torch.where(seen, start, last), torch.where(seen, end, last)
-            self._transposed = SpanMask(start, end, self.num_queries, validate=False)
-        return self._transposed
+            return SpanMask(start, end, self.num_queries, validate=False)
 
     def tiles(self, rows: int) -> Tensor:
         """The tile plan for query tiles of at most `rows` rows.
@@ -183,9 +188,10 @@ class SpanMask:
             the order of rows on the CPU; on an accelerator those with the most keys first.
         """
         if rows not in self._tiles:
-            self._tiles[rows] = torch.ops.moca_fast.span_tiles(
-                self.start, self.end, self.num_keys, rows
-            )
+            with _trainable():
+                self._tiles[rows] = torch.ops.moca_fast.span_tiles(
+                    self.start, self.end, self.num_keys, rows
+                )
         return self._tiles[rows]
 
     def tile_efficiency(self, rows: int, columns: int = 1) -> float:
@@ -207,6 +213,13 @@ class SpanMask:
 
     def __repr__(self) -> str:
         return f"SpanMask(T={self.num_queries}, num_keys={self.num_keys}, device='{self.device}')"
+
+
+def _trainable() -> AbstractContextManager:
+    """What is made and kept inside may be saved for a backward, even if now there is none."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def _checks_values(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ def check_bidirectional(model: PreTrainedModel) -> None:
     """Raise unless the last token of a document changes the hidden state of its first.
 
     Raises:
-        RuntimeError: the model is still causal.
+        RuntimeError: the model is still causal, or its hidden states are not finite.
     """
     ids = _token_ids(model, 2 * LENGTH)
     other = ids[:LENGTH].clone()
@@ -28,6 +28,11 @@ def check_bidirectional(model: PreTrainedModel) -> None:
         first = _states(model, ids[:LENGTH])[0]
         again = _states(model, ids[:LENGTH])[0]
         moved = _states(model, other)[0]
+    if not first.isfinite().all():
+        raise RuntimeError(
+            f"the hidden states of this {type(model).__name__} are not finite: its weights hold "
+            f"NaN or infinity, or values that are too large for {model.dtype}"
+        )
     noise = (first - again).abs().max()
     if not (first - moved).abs().max() > noise:
         raise RuntimeError(

@@ -48,13 +48,14 @@ class MaskRequest:
     batch_size: int
     q_length: int
     kv_length: int
-    q_offset: int | Tensor = 0  # a tensor for static caches only
+    q_offset: int | Tensor = 0  # a tensor for bidirectional masks of static caches only
     kv_offset: int = 0
     mask_function: Callable = causal_mask_function
     attention_mask: Tensor | None = None
     local_size: int | None = None
     exact: bool = True  # the mask function is the plain one, with nothing laid over it
     use_vmap: bool = False
+    device: torch.device | str = "cpu"
     layouts: dict[tuple, PackedLayout] = field(default_factory=dict, repr=False)
 
     @property
@@ -70,10 +71,10 @@ class MaskRequest:
     def plain(self, sliding_window: int | None) -> bool:
         """Whether spans follow from the arguments, without evaluating the mask function."""
         if self.mask_function in (causal_mask_function, bidirectional_mask_function):
-            return sliding_window is None
+            return self.local_size == sliding_window
         return self.exact and sliding_window is not None and self.local_size == sliding_window
 
-    def dense(self, device: torch.device | str) -> Tensor:
+    def dense(self) -> Tensor:
         """(B, Q, K) bool, true where a query sees a key: for masks that `plain` does not know."""
         mask: Any = sdpa_mask(
             batch_size=self.batch_size,
@@ -86,9 +87,13 @@ class MaskRequest:
             allow_is_causal_skip=False,
             allow_is_bidirectional_skip=False,
             use_vmap=self.use_vmap,
-            device=device,
+            device=self.device,
         )
         return mask[:, 0]
+
+    def contiguous(self) -> Tensor:
+        """(B, 1, Q, K) bool: `generate` calls it on the masks it makes ahead for static caches."""
+        return self.dense()[:, None].contiguous()
 
 
 def request_mask(
@@ -108,7 +113,8 @@ def request_mask(
 ) -> MaskRequest | Tensor:
     """The mask interface: keeps what transformers asks for, for the attention function.
 
-    For a static cache, which `generate` fills and handles as a tensor, it is the (B, 1, Q, K) mask.
+    Where it starts from a tensor it is the (B, 1, Q, K) mask: a static cache moves that tensor on
+    before a layer asks.
     """
     request = MaskRequest(
         batch_size,
@@ -121,18 +127,29 @@ def request_mask(
         local_size,
         exact=(allow_is_causal_skip or allow_is_bidirectional_skip) and not use_vmap,
         use_vmap=use_vmap,
+        device=device,
     )
-    unwritten = isinstance(q_offset, Tensor) or kv_length + kv_offset > q_offset + q_length
-    if unwritten and mask_function is not bidirectional_mask_function:
-        return request.dense(device)[:, None]
+    if isinstance(q_offset, Tensor) and mask_function is not bidirectional_mask_function:
+        return request.dense()[:, None]
     return request
 
 
 @lru_cache(maxsize=16)
 def unmasked(
-    batch: int, queries: int, keys: int, causal: bool, window: int | None, device: torch.device
+    batch: int,
+    queries: int,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
+    inference: bool,
 ) -> PackedLayout:
-    """The layout of a batch without padding; the last query stands at the last key."""
+    """The layout of a batch without padding; the last query stands at the last key.
+
+    Args:
+        inference: whether inference mode is on: no backward can save what is made in it, so a
+            layout is kept for each.
+    """
     begin, end = intervals(queries, keys, keys - queries, causal, window, device)
     return pack_intervals(begin.expand(batch, -1), end.expand(batch, -1), keys)
 
@@ -274,16 +291,18 @@ def padded_layout(
         return pack_intervals(*dense_intervals(_visible(attention_mask, batch, keys)), keys)
     if isinstance(attention_mask, Tensor):
         attention_mask = MaskRequest(
-            batch, queries, keys, keys - queries, attention_mask=attention_mask
-        )
+            batch, queries, keys, keys - queries, attention_mask=attention_mask, local_size=window,
+            device=device,
+        )  # fmt: skip
     packable = attention_mask is None or attention_mask.attention_mask is None
     if not packable or queries != keys or position_ids is None or position_ids.dim() != 2:
         position_ids = None
+    inference = torch.is_inference_mode_enabled()
     if attention_mask is None:
         if position_ids is None:
-            return unmasked(batch, queries, keys, causal, window, device)
-        attention_mask = MaskRequest(batch, queries, keys)
-    name = (causal, window, device, torch.is_inference_mode_enabled())
+            return unmasked(batch, queries, keys, causal, window, device, inference)
+        attention_mask = MaskRequest(batch, queries, keys, local_size=window, device=device)
+    name = (causal, window, device, inference)
     if name not in attention_mask.layouts:
         attention_mask.layouts[name] = _resolve(
             module, attention_mask, causal, window, position_ids, device
@@ -305,7 +324,7 @@ def _resolve(
     if padding is not None:
         padding = padding.to(device)
     if not request.plain(window):
-        begin, end = dense_intervals(request.dense(device))
+        begin, end = dense_intervals(request.dense().to(device))
         return pack_intervals(begin, end, keys)
     causal = causal and "bidirectional" not in request.mask_function.__qualname__
     begin, end = intervals(queries, keys, offset, causal, window, device)

@@ -182,22 +182,29 @@ def _check_packed(
         )
 
 
-_masks: OrderedDict[tuple, tuple[Tensor, SpanMask]] = OrderedDict()
+# The tensor, held so that its id cannot become another's; the values it had; their mask.
+_masks: OrderedDict[tuple, tuple[Tensor, Tensor, SpanMask]] = OrderedDict()
 
 
 def _packed_mask(cu_seqlens: Tensor, total: int, causal: bool, window: int | None) -> SpanMask:
-    """The mask of a packed batch, made once for all layers that are given the same tensor."""
-    if torch.compiler.is_compiling():
+    """The mask of a packed batch, made once for all layers that are given the same tensor.
+
+    A buffer may be written to between batches. On the CPU its values are compared, which finds
+    every write; elsewhere that would wait, and versions count writes, but not to inference tensors.
+    """
+    on_cpu = cu_seqlens.device.type == "cpu"
+    if torch.compiler.is_compiling() or (cu_seqlens.is_inference() and not on_cpu):
         return _make_mask(cu_seqlens, total, causal, window)
+    version = None if on_cpu else cu_seqlens._version
     inference = torch.is_inference_mode_enabled()
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    # The entry holds the tensor, so that its id cannot become another tensor's.
     name = (id(cu_seqlens), version, inference, total, causal, window)
-    if name not in _masks:
-        _masks[name] = (cu_seqlens, _make_mask(cu_seqlens, total, causal, window))
+    kept = _masks.get(name)
+    if kept is None or (on_cpu and not torch.equal(kept[1], cu_seqlens)):
+        values = cu_seqlens.clone() if on_cpu else cu_seqlens
+        kept = _masks[name] = (cu_seqlens, values, _make_mask(values, total, causal, window))
         while len(_masks) > CACHED_MASKS:
             _masks.popitem(last=False)
-    return _masks[name][1]
+    return kept[2]
 
 
 def _make_mask(cu_seqlens: Tensor, total: int, causal: bool, window: int | None) -> SpanMask:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d{8})$")
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|retired)-(?P<writer>\d+)$")
 
 
 class CheckpointError(RuntimeError):
@@ -47,6 +49,36 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a process that was killed left of something unfinished."""
+    return _LEFT.match(path.name) is not None
+
+
+def tidy(folder: str | Path) -> None:
+    """Remove what processes that were killed while they wrote have left in a folder, and bring back
+    what they had moved out of the way."""
+    for path in Path(folder).iterdir():
+        if not (found := _LEFT.match(path.name)) or _alive(int(found["writer"])):
+            continue
+        place = path.with_name(found["name"])
+        if found["kind"] == "retired" and not place.exists():
+            path.rename(place)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of somebody else
+        return True
+    return True
 
 
 def write_file(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -89,7 +121,7 @@ def save_checkpoint(
                 _save_optimizer(optimizer, folder, f"optimizer-{number}")
             _write_json(folder / "state.json", {"step": step, **state})
             _write_json(folder / MANIFEST, {p.name: _digest(p) for p in sorted(folder.iterdir())})
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         kept = latest_checkpoint(run)
         raise CheckpointError(
             f"{path} could not be written ({error}); "
@@ -108,11 +140,16 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Verify a checkpoint, load it in place and return its `state`.
 
+    Rates, decay and the like stay as the optimizers have them; their moments are loaded.
+
     Raises:
-        CheckpointError: a file is missing, cut or changed. Nothing has been loaded then.
+        CheckpointError: a file is missing, cut or changed, or is of other modules or optimizers.
+            In the first case nothing has been loaded.
     """
     path = Path(path)
     verify_checkpoint(path)
+    if (saved := len(list(path.glob("optimizer-*.json")))) != len(optimizers):
+        raise CheckpointError(f"{path}: expected {len(optimizers)} optimizer(s), it holds {saved}")
     for name, module in modules.items():
         tensors = load_file(path / f"{name}.safetensors")
         missing = set(_unshared(module)) ^ set(tensors)
@@ -186,7 +223,14 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, name: str) -
     for key, value in values.items():
         index, _, slot = key.partition(".")
         state.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    wanted, got = ([group["params"] for group in g] for g in (groups, saved["param_groups"]))
+    if got != wanted:
+        sizes = [[len(params) for params in g] for g in (wanted, got)]
+        raise CheckpointError(
+            f"{folder / name}.json: expected groups of {sizes[0]} parameters, it holds {sizes[1]}"
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path, *overrides = overrides
         run(load_config(config_type, path, overrides))
     except KeyboardInterrupt as interrupt:
-        print(f"moca: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"moca: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ConfigError, ValueError, OSError, RuntimeError) as error:
         print(f"moca {parsed.command}: {error}", file=sys.stderr)

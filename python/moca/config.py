@@ -3,6 +3,7 @@ heavy loads, and saved beside the run."""
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ class RunConfig:
     def check(self) -> None:
         for name in ("steps", "max_length", "log_every", "save_every", "keep_checkpoints"):
             _at_least(self, name, 1)
-        for name in ("workers", "grad_clip", "weight_decay", "rotate", "muon_lr"):
+        for name in ("seed", "workers", "grad_clip", "weight_decay", "rotate", "muon_lr"):
             _at_least(self, name, 0)
         for name in ("warmup", "flip", "shift"):
             _fraction(self, name)
@@ -271,9 +272,13 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         return {str(k): _coerce(f"{key}.{k}", v, arguments[1]) for k, v in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-3 as text
+            number = float(value)  # YAML 1.1 reads 1e-3 as text
         except ValueError:
             pass
+        else:
+            if math.isfinite(number):
+                return number
+            raise ConfigError(f"{key}: expected a finite number, got {value!r}")
     if hint in (int, bool, str) and type(value) is hint:
         return value
     raise ConfigError(f"{key}: expected {_type_name(hint)}, got {value!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import moca_fast.nn
@@ -32,7 +33,16 @@ from moca.data.records import Document, Pair
 from moca.data.sources import load_pairs
 from moca.model import MocaModel
 from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.run import Run, check_output, make_accelerator, peak_memory
+from moca.run import (
+    Run,
+    check_output,
+    load,
+    make_accelerator,
+    peak_memory,
+)
+
+# Every query of a batch has as many.
+FEWER = "hard negatives left out: another pair of their batch has fewer"
 
 
 @dataclass
@@ -108,8 +118,8 @@ class PairBatches(Dataset):
     def __getitem__(self, step: int) -> PairBatch:
         task, indices = self.schedule[step]
         pairs = [self.tasks[task][index] for index in indices]
-        fewest = min(len(pair.negatives) for pair in pairs)
-        negatives = min(fewest, self.config.hard_negatives)
+        wanted = [min(len(pair.negatives), self.config.hard_negatives) for pair in pairs]
+        negatives = min(wanted)
         before = self.encoder.counts.copy()
         queries, positives, hard = [], [], []
         for index, pair in zip(indices, pairs, strict=True):
@@ -126,7 +136,7 @@ class PairBatches(Dataset):
             negatives,
             _identities([pair.query for pair in pairs]),
             _identities([pair.positive for pair in pairs]),
-            self.encoder.counts - before,
+            self.encoder.counts - before + Counter({FEWER: sum(wanted) - negatives * len(pairs)}),
         )
 
     def _encode(self, document: Document, task: str, rng: np.random.Generator) -> Encoded:
@@ -157,25 +167,27 @@ def contrast(config: ContrastConfig) -> None:
     encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
     batches = PairBatches(tasks, schedule, encoder, config)
     trained, *optimizers = accelerator.prepare(objective, *optimizers)
-    run = Run(config, accelerator, {"objective": objective}, optimizers, checkpoint)
-    steps = range(run.step, config.steps)
-    loader = iter(DataLoader(batches, None, sampler=steps, num_workers=config.workers))
-    totals: Counter[str] = Counter()
+    run = Run(
+        config, accelerator, {"objective": objective}, optimizers, checkpoint,
+        lambda step: zlib.crc32(repr(schedule[max(0, step - 100) : step]).encode()),
+    )  # fmt: skip
+    loader = load(batches, range(run.step, config.steps), config.workers)
     trained.train()
     for step in run.steps("stage 2"):
         began = time.monotonic()
         scale = learning_rate_scale(step, config)
         set_learning_rate(optimizers, scale)
         batch = next(loader).to(accelerator.device)
-        totals += batch.counts
+        run.counts += batch.counts
         with accelerator.autocast():
             loss = trained(batch)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(trained.parameters(), config.grad_clip or math.inf)
+        value = float(accelerator.reduce(loss.detach(), "mean"))
+        run.check_finite(loss=value, gradient=float(norm))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        value = float(accelerator.reduce(loss.detach(), "mean"))
         tokens = len(batch.batch.input_ids) * accelerator.num_processes
         run.log({
             "loss": value,
@@ -185,9 +197,10 @@ def contrast(config: ContrastConfig) -> None:
             "tokens_per_second": tokens / (time.monotonic() - began),
             "memory_gib": peak_memory(accelerator.device),
         })  # fmt: skip
+    counts = run.all_counts()
     if accelerator.is_main_process:
-        for reason, count in sorted(totals.items()):
-            tqdm.write(f"stage 2: {count} {reason} at max_length {config.max_length}")
+        for reason, count in sorted(counts.items()):
+            tqdm.write(f"stage 2: {count} {reason}")
         model.save_pretrained(Path(config.output) / "model")
     accelerator.wait_for_everyone()
 
@@ -206,6 +219,13 @@ def make_schedule(
     tasks: dict[str, list[Pair]], config: ContrastConfig, rank: int, ranks: int
 ) -> list[tuple[str, Sequence[int]]]:
     """Task and indices of its pairs for every step on this rank; all ranks agree on the task."""
+    for task, pairs in tasks.items():
+        together = config.task_batch_sizes.get(task, config.batch_size) * ranks
+        if together == 1 and not (config.hard_negatives and all(p.negatives for p in pairs)):
+            raise ConfigError(
+                f"batch_size: expected 2 or more for task {task!r}, whose pairs have no hard "
+                "negatives, got 1: there would be nothing to tell the positive from"
+            )
     items = [(task, index) for task, pairs in tasks.items() for index in range(len(pairs))]
     try:
         batches = TaskBatches(

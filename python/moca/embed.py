@@ -6,6 +6,8 @@ B documents, D dim.
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -25,8 +27,18 @@ from moca.data.packing import pack
 from moca.data.records import IMAGE_MARKER, Document
 from moca.data.sources import load_documents
 from moca.model import MocaModel, resolve_precision
+from moca.saving import weights_digest
 
 EMBEDDINGS, INDEX = "embeddings.parquet", "index.json"
+# What index.json holds at the least; beside it stand the source and what was cut.
+ABOUT = {
+    "model": str,
+    "weights": str,  # SHA-256: vectors of one model say nothing to another
+    "documents": int,
+    "dimension": int,
+    "max_length": int,
+    "precision": str,
+}
 # Documents that are encoded together and sorted by length before they are packed.
 WINDOW = 512
 
@@ -41,6 +53,9 @@ class Embedder:
         batch_tokens: most tokens of one packed forward; a longer document goes alone.
         precision: of the products of a model whose weights are float32: "fp32", "bf16", or "auto"
             for bf16 where the hardware multiplies it. Other weights are used as they are.
+
+    Raises:
+        ValueError: max_length or batch_tokens below 1, or an unknown precision.
     """
 
     def __init__(
@@ -50,6 +65,8 @@ class Embedder:
         batch_tokens: int = 8192,
         precision: str = "auto",
     ) -> None:
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
         self.model = model
         self.batch_tokens = batch_tokens
         self.mixed = resolve_precision(precision) == "bf16" and model.vlm.dtype == torch.float32
@@ -105,7 +122,8 @@ class Embedder:
             (B, D) float32 unit vectors, in the order of the items.
 
         Raises:
-            ValueError: an empty document or an unreadable image, by its number.
+            ValueError: an empty document, an unreadable image or an embedding that is not finite;
+                names the document, or gives its number.
             TypeError: an item of another type.
         """
         if not isinstance(items, (list, tuple)):
@@ -117,17 +135,23 @@ class Embedder:
                 window = [self.encoder(document) for document in documents[begin : begin + WINDOW]]
                 for rows in _packs(window, self.batch_tokens):
                     embeddings = self._forward([window[row] for row in rows])
-                    result[[begin + row for row in rows]] = embeddings
+                    numbers = [begin + row for row in rows]
+                    bad = ~np.isfinite(embeddings).all(axis=1)
+                    if bad.any():
+                        number = numbers[bad.argmax()]
+                        name = documents[number].name or f"item {number}"
+                        raise ValueError(f"{name}: the model's embedding of it is not finite")
+                    result[numbers] = embeddings
                     bar.update(len(rows))
         return result
 
     def _document(self, item: Any, prompt: str, number: int) -> Document:
         document = Document.of(item, f"item {number}")
         if document.empty:
-            raise ValueError(f"item {number}: the document is empty")
+            raise ValueError(f"{document.name or f'item {number}'}: the document is empty")
         return Document.of([prompt, document], document.name) if prompt else document
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: masks of inference tensors are not kept on a GPU
     def _forward(self, encoded: list[Encoded]) -> np.ndarray:
         merge_size, image_token = self.encoder.merge_size, self.encoder.image_token_id
         batch = pack(encoded, merge_size, image_token).to(self.model.device)
@@ -158,17 +182,38 @@ class Hit:
     text: str
 
 
+def check_output(path: Path, kind: str) -> None:
+    """Refuse an output that exists or cannot be made, before any work is put into it.
+
+    Args:
+        path: of the file or folder to come.
+        kind: "file" or "folder".
+
+    Raises:
+        ConfigError: says which.
+    """
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"output: {path} exists; give another {kind}")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"output: {path} cannot be made: expected a folder that can be written to, but "
+            f"{parent}: {error.strerror}"
+        ) from None
+
+
 def build_index(config: EmbedConfig) -> int:
     """Embed a source into the folder `config.output`; returns how many documents it holds.
 
     The folder holds embeddings.parquet (name, text, images, embedding) and index.json (the model).
 
     Raises:
-        ConfigError: the folder exists, or the source holds no documents.
+        ConfigError: the folder exists or cannot be made, or the source holds no documents.
     """
     output = Path(config.output)
-    if output.exists():
-        raise ConfigError(f"output: {output} exists; give another folder")
+    check_output(output, "folder")
     documents = list(load_documents(config.source, on_error=config.on_error))
     if not documents:
         raise ConfigError(f"source: {config.source} holds no documents")
@@ -178,10 +223,11 @@ def build_index(config: EmbedConfig) -> int:
         batch_tokens=config.batch_tokens,
         precision=config.precision,
     )
+    weights = weights_digest(config.model)
     embeddings = embedder.encode(documents, progress=True)
     dimension = embeddings.shape[1]
     table = pa.table({
-        "name": [document.name for document in documents],
+        "name": [_printable(document.name) for document in documents],
         "text": [document.text for document in documents],
         "images": pa.array([_image_names(document) for document in documents],
                            pa.list_(pa.string())),
@@ -190,7 +236,8 @@ def build_index(config: EmbedConfig) -> int:
     with replacing(output) as folder:
         pq.write_table(table, folder / EMBEDDINGS)
         about = {"model": str(Path(config.model).resolve()) if Path(config.model).exists()
-                 else config.model, "source": config.source, "dimension": dimension,
+                 else config.model, "weights": weights, "source": config.source,
+                 "documents": len(documents), "dimension": dimension,
                  "max_length": config.max_length, "precision": config.precision,
                  **embedder.counts}  # fmt: skip
         (folder / INDEX).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -202,8 +249,12 @@ def build_index(config: EmbedConfig) -> int:
 def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
     """The `k` documents of an index nearest to a query, best first.
 
+    Says on stderr if the query was cut to the max_length of the index.
+
     Raises:
         ConfigError: the folder is no index written by `moca embed`, or k is below 1.
+        ValueError: a damaged index, one of an earlier version (which did not note the weights of
+            its model), or one made with another model than its folder holds now.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file() or not (folder / EMBEDDINGS).is_file():
@@ -213,20 +264,79 @@ def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
         )
     if k < 1:
         raise ConfigError(f"k: expected at least 1, got {k}")
-    about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    table = pq.read_table(folder / EMBEDDINGS)
+    about = _read_about(folder / INDEX)
+    table = _read_table(folder / EMBEDDINGS, about)
     vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    model = about["model"]
+    if Path(model).is_absolute() and not Path(model).exists():
+        raise FileNotFoundError(f"{folder}: the model it was made with, {model}, is gone")
     embedder = Embedder.from_pretrained(
-        about["model"], max_length=about["max_length"], precision=about["precision"]
+        model, max_length=about["max_length"], precision=about["precision"]
     )
+    if weights_digest(model) != about["weights"]:
+        raise ValueError(
+            f"{folder}: made with another model than the one that lies in {model} now: its "
+            "weights differ; embed the documents again"
+        )
     scores = vectors.reshape(-1, about["dimension"]) @ embedder.encode([query])[0]
+    if any(embedder.counts.values()):
+        tqdm.write(
+            f"the query was cut to the {about['max_length']} tokens (max_length) of the index",
+            file=sys.stderr,
+        )
     best = np.argsort(-scores, kind="stable")[:k]
     names, texts = table["name"].to_pylist(), table["text"].to_pylist()
     return [Hit(float(scores[i]), names[i], _snippet(texts[i])) for i in best]
 
 
+def _read_about(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged, no JSON ({error}); embed again") from None
+    found = about if isinstance(about, dict) else {}
+    wrong = [f"{key} ({kind.__name__})" for key, kind in ABOUT.items()
+             if type(found.get(key)) is not kind]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"{file}: expected {', '.join(wrong)}; damaged or of an earlier version: embed the "
+            "documents again"
+        )
+    return found
+
+
+def _read_table(file: Path, about: dict[str, Any]) -> pa.Table:
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: damaged, no Parquet ({error}); embed again") from None
+    want = {"name": "string", "text": "string", "embedding": f"{about['dimension']} x float"}
+    kinds = {field.name: _kind(field.type) for field in table.schema}
+    found = {name: kinds[name] for name in want if name in kinds and not table[name].null_count}
+    if found != want or len(table) != about["documents"]:
+        raise ValueError(
+            f"{file}: expected {about['documents']} rows of {want}, got {len(table)} of {found}; "
+            "damaged: embed the documents again"
+        )
+    return table
+
+
+def _kind(kind: pa.DataType) -> str:
+    if pa.types.is_fixed_size_list(kind):
+        return f"{kind.list_size} x {kind.value_type}"
+    return str(kind)
+
+
+def _printable(name: str) -> str:
+    """The name of a file may hold bytes that are no UTF-8, which Parquet does not take."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _image_names(document: Document) -> list[str]:
-    return [str(i) if isinstance(i, (str, PathLike)) else "(inline)" for i in document.images]
+    return [
+        _printable(str(image)) if isinstance(image, (str, PathLike)) else "(inline)"
+        for image in document.images
+    ]
 
 
 def _snippet(text: str, length: int = 160) -> str:

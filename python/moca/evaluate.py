@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,51 +88,46 @@ def rank_metrics(
     Raises:
         ValueError: see `metrics`; also when there are more or fewer scores than queries.
     """
-    if not ks or any(k < 1 for k in ks):
-        raise ValueError(f"ks must be numbers of at least 1, got {list(ks)}")
-    if not relevance:
-        raise ValueError("expected at least one query, got none")
+    _check(candidates, relevance, ks)
     totals: Counter[str] = Counter()
-    for number, (row, gains) in enumerate(zip(scores, relevance, strict=True)):
-        if not gains or not all(0 <= i < candidates for i in gains) or min(gains.values()) <= 0:
-            raise ValueError(
-                f"query {number}: expected relevant candidates from 0 to {candidates - 1} with "
-                f"gains above 0, got {dict(gains)}"
-            )
+    for row, gains in zip(scores, relevance, strict=True):
         ranks, values = _ranks(np.asarray(row, np.float64), gains)
         totals["mrr"] += 1 / ranks[0]
         totals["precision@1"] += ranks[0] == 1
         ideal = np.sort(values)[::-1]
         for k in ks:
             found = ranks <= k
-            best = (ideal[:k] / np.log2(np.arange(len(ideal[:k])) + 2)).sum()
             totals[f"recall@{k}"] += found.mean()
-            totals[f"ndcg@{k}"] += (values / np.log2(ranks + 1))[found].sum() / best
-    names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in ks] + ["mrr", "precision@1"]
-    return {name: float(totals[name] / len(relevance)) for name in names}
+            totals[f"ndcg@{k}"] += (values / np.log2(ranks + 1))[found].sum() / _dcg(ideal[:k])
+    return _means(totals, len(relevance), ks)
 
 
-def chance(candidates: int, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
-    """What a random order of the candidates reaches on average, with one right candidate a query.
+def chance(
+    candidates: int, relevance: Relevance, ks: Sequence[int] = DEFAULT_KS
+) -> dict[str, float]:
+    """What a random order of the candidates reaches on average, every order being as likely.
 
     Args:
         candidates: C.
+        relevance: for each query, candidate -> gain.
         ks: cut-offs.
 
     Raises:
-        ValueError: fewer than one candidate.
+        ValueError: no query, or one without a relevant candidate.
     """
-    if candidates < 1:
-        raise ValueError(f"expected at least one candidate, got {candidates}")
-    result: dict[str, float] = {}
-    for k in ks:
-        result[f"recall@{k}"] = min(k, candidates) / candidates
-    for k in ks:
-        discounts = (1 / math.log2(rank + 1) for rank in range(1, min(k, candidates) + 1))
-        result[f"ndcg@{k}"] = sum(discounts) / candidates
-    result["mrr"] = sum(1 / rank for rank in range(1, candidates + 1)) / candidates
-    result["precision@1"] = 1 / candidates
-    return result
+    _check(candidates, relevance, ks)
+    # Of a gain of 1 at every rank: a random order has the mean gain there.
+    full = {k: _dcg(np.ones(min(k, candidates))) for k in ks}
+    first = {count: _first_hit(count, candidates) for count in set(map(len, relevance))}
+    totals: defaultdict[str, float] = defaultdict(float)
+    for gains in relevance:
+        ideal = np.sort(np.fromiter(gains.values(), np.float64, len(gains)))[::-1]
+        totals["mrr"] += first[len(gains)]
+        totals["precision@1"] += len(gains) / candidates
+        for k in ks:
+            totals[f"recall@{k}"] += min(k, candidates) / candidates
+            totals[f"ndcg@{k}"] += ideal.sum() / candidates * full[k] / _dcg(ideal[:k])
+    return _means(totals, len(relevance), ks)
 
 
 class TfIdf:
@@ -315,6 +310,37 @@ def _targets(target: Any, queries: int, candidates: int) -> list[dict[int, float
             f"target must be from 0 to {candidates - 1}, got {numbers.min()} to {numbers.max()}"
         )
     return [{number: 1.0} for number in numbers.tolist()]
+
+
+def _check(candidates: int, relevance: Relevance, ks: Sequence[int]) -> None:
+    if not ks or any(k < 1 for k in ks):
+        raise ValueError(f"ks must be numbers of at least 1, got {list(ks)}")
+    if not relevance:
+        raise ValueError("expected at least one query, got none")
+    for number, gains in enumerate(relevance):
+        if not gains or not all(0 <= i < candidates for i in gains) or min(gains.values()) <= 0:
+            raise ValueError(
+                f"query {number}: expected relevant candidates from 0 to {candidates - 1} with "
+                f"gains above 0, got {dict(gains)}"
+            )
+
+
+def _means(totals: Mapping[str, float], queries: int, ks: Sequence[int]) -> dict[str, float]:
+    names = [f"{name}@{k}" for name in ("recall", "ndcg") for k in ks] + ["mrr", "precision@1"]
+    return {name: float(totals[name] / queries) for name in names}
+
+
+def _dcg(gains: np.ndarray) -> float:
+    """Discounted sum of the gains at ranks 1, 2 and so on."""
+    return (gains / np.log2(np.arange(len(gains)) + 2)).sum()
+
+
+def _first_hit(relevant: int, candidates: int) -> float:
+    """Mean of 1 / rank of the first relevant candidate in a random order."""
+    ranks = np.arange(1, candidates - relevant + 2)
+    hit = relevant / (candidates - ranks + 1)  # at this rank, where no earlier one was
+    missed = np.concatenate(([1.0], np.cumprod(1 - hit[:-1])))
+    return (missed * hit / ranks).sum()
 
 
 def _ranks(scores: np.ndarray, gains: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -81,7 +81,8 @@ class MocaModel(nn.Module):
 
     Raises:
         ValueError: the tokenizer or the image settings do not fit the model, or an unknown pooling.
-        RuntimeError: the model is still causal, or documents of one pack see each other.
+        RuntimeError: the model is still causal, documents of one pack see each other, or hidden
+            states are not finite.
     """
 
     def __init__(
@@ -153,6 +154,9 @@ class MocaModel(nn.Module):
         """Write a directory that this class, transformers and sentence-transformers can load.
 
         It takes the place of `directory` once it is complete.
+
+        Raises:
+            FileExistsError: `directory` holds what is no part of an earlier saved model.
         """
         write_directory(
             Path(directory), self.vlm, self.tokenizer, self.image_settings, self.settings

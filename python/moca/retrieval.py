@@ -10,7 +10,7 @@ from moca.checkpoint import write_file
 from moca.config import ConfigError, EvalConfig
 from moca.data.records import Document
 from moca.data.sources import load_pairs
-from moca.embed import Embedder
+from moca.embed import Embedder, check_output
 from moca.evaluate import Pool, candidate_precision, chance
 from moca.suites import load_beir, load_mmeb
 
@@ -22,18 +22,24 @@ def evaluate_model(config: EvalConfig) -> Scores:
     """Every task of the configuration; written to `config.output` too if that is set.
 
     Raises:
-        ConfigError: the output exists, or a source is empty.
+        ConfigError: the output exists or cannot be made, or a source is empty.
+        OSError: the scores could not be written; they have been printed then.
     """
-    if config.output and Path(config.output).exists():
-        raise ConfigError(f"output: {config.output} exists; give another file")
+    if config.output:
+        check_output(Path(config.output), "file")
     pools = {}
     for task, source in config.pairs.items():
         pairs = list(load_pairs(source, task=task, on_error=config.on_error))
         if not pairs:
             raise ConfigError(f"pairs.{task}: {source} holds no pairs")
         pools[task] = Pool.of_pairs(pairs)
-    pools |= {task: load_beir(folder) for task, folder in config.beir.items()}
-    choices = {task: load_mmeb(file) for task, file in config.mmeb.items()}
+    for task, folder in config.beir.items():
+        pools[task] = load_beir(folder, on_error=config.on_error)
+    choices = {}
+    for task, file in config.mmeb.items():
+        choices[task] = load_mmeb(file, on_error=config.on_error)
+        if not choices[task]:
+            raise ConfigError(f"mmeb.{task}: {file} holds no rows")
     embedder = Embedder.from_pretrained(
         config.model,
         max_length=config.max_length,
@@ -55,13 +61,17 @@ def evaluate_model(config: EvalConfig) -> Scores:
         print(f"{count} {reason} at max_length {config.max_length}")
     if config.output:
         text = json.dumps(scores, indent=1) + "\n"
-        write_file(config.output, lambda path: path.write_text(text, encoding="utf-8"))
+        try:
+            write_file(config.output, lambda path: path.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            print(format_table(scores))
+            raise OSError(f"{config.output} could not be written: {error}") from error
     return scores
 
 
 def evaluate_pool(pool: Pool, embed) -> dict[str, dict[str, float]]:
     """A model's metrics over a pool with chance and, where both sides have text, TF-IDF."""
-    result = {"model": pool.evaluate(embed), "chance": chance(len(pool.candidates))}
+    result = {"model": pool.evaluate(embed), "chance": chance(len(pool.candidates), pool.relevance)}
     if tfidf := pool.tfidf():
         result["tf-idf"] = tfidf
     return result

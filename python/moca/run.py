@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from moca.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, write_file
+from moca.checkpoint import (
+    is_leftover,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    tidy,
+    write_file,
+)
 from moca.config import ConfigError, RunConfig, save_config
 from moca.model import resolve_precision
 
@@ -29,6 +41,10 @@ CONFIG, LOG = "config.yaml", "log.jsonl"
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; a checkpoint to resume from has been written."""
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer a finite number; the weights were left as they were."""
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -49,23 +65,38 @@ def leave_process_group() -> None:
 
 
 def check_output(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
+    """The checkpoint to go on from, or None to begin.
 
     Raises:
         ConfigError: the folder exists and `resume` is not set, or there is nothing to resume.
     """
     folder = Path(config.output)
     if not config.resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and all(map(is_leftover, folder.iterdir()))):
             raise ConfigError(
                 f"output: {folder} exists; give another folder, or resume=true to go on from its "
                 "newest checkpoint"
             )
         return None
     checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
+    if checkpoint is None and not (folder / CONFIG).exists():
         raise ConfigError(f"resume: no checkpoint found in {folder}")
     return checkpoint
+
+
+def load(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:
+    """The batches of these numbers, prepared by so many processes (0: by this one)."""
+    return iter(
+        DataLoader(
+            batches, None, sampler=numbers, num_workers=workers, worker_init_fn=_ignore_signals
+        )
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches every process; only the run answers it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Run:
@@ -76,6 +107,11 @@ class Run:
         accelerator: only its main process writes.
         modules, optimizers: what a checkpoint holds.
         checkpoint: of an earlier start of the same run, or None.
+        batches: of a number of steps, what tells their batches from those of other data; anything
+            that JSON holds.
+
+    Raises:
+        ConfigError: the checkpoint is past `steps`, or its steps were made of other batches.
     """
 
     def __init__(
@@ -85,22 +121,52 @@ class Run:
         modules: Mapping[str, nn.Module],
         optimizers: list[torch.optim.Optimizer],
         checkpoint: Path | None,
+        batches: Callable[[int], Any],
     ) -> None:
         self.config, self.accelerator = config, accelerator
-        self.modules, self.optimizers = modules, optimizers
+        self.modules, self.optimizers, self.batches = modules, optimizers, batches
         self.folder = Path(config.output)
         self.step, self.seconds = 0, 0.0
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, modules=modules, optimizers=optimizers)
-            self.step, self.seconds = state["step"], state["seconds"]
-        self._since = time.monotonic()
+        self.counts: Counter[str] = Counter()  # of this rank; of all ranks' earlier starts in one
         self._values: dict[str, list[float]] = {}
         self._shown: dict[str, str] = {}
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self._since = time.monotonic()
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            tidy(self.folder)
+            self._say_changes()
             write_file(self.folder / CONFIG, lambda path: save_config(config, path))
             self._trim_log()
         accelerator.wait_for_everyone()
+
+    def _load(self, checkpoint: Path) -> None:
+        state = load_checkpoint(checkpoint, modules=self.modules, optimizers=self.optimizers)
+        self.step, self.seconds, self._values = state["step"], state["seconds"], state["values"]
+        if self.config.steps < self.step:
+            raise ConfigError(
+                f"steps: expected at least {self.step}, which {checkpoint} has reached, got "
+                f"{self.config.steps}"
+            )
+        main = self.accelerator.is_main_process
+        if main:
+            self.counts += Counter(state["counts"])
+        if self._any_rank(main and state["batches"] != self.batches(self.step)):
+            raise ConfigError(
+                f"resume: the steps of {checkpoint} were made of other batches; expected the data, "
+                "batch sizes, task weights, seed and number of processes that they were made with"
+            )
+
+    def _say_changes(self) -> None:
+        """Settings may be other than they were before; they count for the steps that follow."""
+        path = self.folder / CONFIG
+        if not path.exists():
+            return
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key, value in dataclasses.asdict(self.config).items():
+            if key not in ("resume", "output") and value != before.get(key):
+                tqdm.write(f"resume: {key} is {value!r}, was {before.get(key)!r}")
 
     def elapsed(self) -> float:
         """Seconds of training so far, earlier starts counted in."""
@@ -151,15 +217,35 @@ class Run:
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def check_finite(self, **values: float) -> None:
+        """Raise Diverged unless all are finite numbers; for before the weights are changed."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                kept = latest_checkpoint(self.folder)
+                ahead = (
+                    f"{kept} is intact, resume=true goes on from it" if kept else "no checkpoint"
+                )
+                raise Diverged(f"step {self.step + 1}: {name} is {value}; {ahead}")
+
+    def all_counts(self) -> Counter[str]:
+        """`counts` of all ranks."""
+        return sum(map(Counter, gather_object([dict(self.counts)])), Counter())
+
     def save(self) -> None:
         """Write a checkpoint of the step reached."""
+        counts = self.all_counts()
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.folder,
                 self.step,
                 modules=self.modules,
                 optimizers=self.optimizers,
-                state={"seconds": self.elapsed()},
+                state={
+                    "seconds": self.elapsed(),
+                    "values": self._values,
+                    "counts": counts,
+                    "batches": self.batches(self.step),
+                },
                 keep=self.config.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()

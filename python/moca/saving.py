@@ -6,8 +6,10 @@ concatenates, the modules of sentence-transformers (mean pooling, normalisation)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +77,11 @@ SENTENCE_TRANSFORMERS = {
     },
 }
 PREPROCESSOR = "preprocessor_config.json"
+# Files of a saved model that another model or another release of transformers writes.
+_FORMER = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|generation_config\.json"
+    r"|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
+)
 # Contents one after another: what the model was trained on, where chat models put roles between.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -224,6 +231,24 @@ def _read_json(directory: str | os.PathLike, name: str) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
+def weights_digest(directory: str | os.PathLike) -> str:
+    """SHA-256 over the files of weights of a directory, or of a hub repository once loaded.
+
+    Raises:
+        FileNotFoundError: it holds no weights.
+    """
+    # Beside the config, also in the hub's cache.
+    folder = Path(str(cached_file(directory, "config.json"))).parent
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: expected model.safetensors or shards of it")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def write_directory(
     directory: Path,
     vlm: PreTrainedModel,
@@ -231,7 +256,13 @@ def write_directory(
     image_settings: ImageSettings,
     settings: Settings,
 ) -> None:
-    """Write the directory beside its place and rename it into place once it is complete."""
+    """Write the directory beside its place and rename it into place once it is complete.
+
+    Raises:
+        FileExistsError: in its place stands something else than an earlier saved model.
+    """
+    # A link stays; what it leads to is replaced.
+    directory = directory.resolve()
     with replacing(directory) as folder:
         vlm.save_pretrained(folder)
         tokenizer.chat_template = CHAT_TEMPLATE
@@ -246,6 +277,24 @@ def write_directory(
             "include_prompt": True,
         }
         _write_json(folder / "1_Pooling" / "config.json", pooling)
+        _check_replaceable(directory, folder)
+
+
+def _check_replaceable(old: Path, new: Path) -> None:
+    """Refuse to replace what saving does not write: it would be lost."""
+    if not old.exists():
+        return
+    if not old.is_dir():
+        raise FileExistsError(f"{old}: expected a folder for the model, got a file")
+    entries = {path.relative_to(old).as_posix() for path in old.rglob("*")}
+    if SETTINGS in entries:
+        entries -= {path.relative_to(new).as_posix() for path in new.rglob("*")}
+        entries = {name for name in entries if not _FORMER.fullmatch(name)}
+    if entries:
+        raise FileExistsError(
+            f"{old} holds {min(entries)}, which is no part of a model saved here and would be "
+            "lost; save the model into another folder"
+        )
 
 
 def _write_json(path: Path, value: Any) -> None:

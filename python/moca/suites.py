@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import math
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from moca.data.images import ImageSettings, decode, target_size
 from moca.data.records import IMAGE_MARKER, Document, Pair, document_from_record, pair_from_record
+from moca.data.sources import OnError
 from moca.evaluate import Pool
+
+logger = logging.getLogger(__name__)
+
+# Where a row stands, and what reads it.
+Row = tuple[str, Callable[[], dict[str, Any]]]
 
 _SUFFIXES = (".jsonl", ".parquet", ".tsv")
 _PARQUET_ROWS = 64
 
 
-def load_mmeb(path: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[Pair]:
+def load_mmeb(
+    path: str | os.PathLike,
+    image_root: str | os.PathLike | None = None,
+    on_error: OnError = "raise",
+) -> list[Pair]:
     """Read MMEB rows: ``qry_text``, ``qry_img_path``, ``tgt_text`` (list), ``tgt_img_path`` (list).
 
     The first target is the right one: it becomes the positive, the others the negatives, which is
@@ -25,6 +40,8 @@ def load_mmeb(path: str | os.PathLike, image_root: str | os.PathLike | None = No
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.
         image_root: folder of relative image paths; default the folder of the file.
+        on_error: "raise" stops at the first bad row; "skip" leaves it out, counts it and logs a
+            summary. To skip, every image is decoded once here, so that none can fail later.
 
     Raises:
         FileNotFoundError: no such file.
@@ -34,8 +51,9 @@ def load_mmeb(path: str | os.PathLike, image_root: str | os.PathLike | None = No
     if not file.is_file():
         raise FileNotFoundError(f"MMEB file not found: {file}")
     root = Path(image_root) if image_root is not None else file.parent
-    pairs = []
-    for name, row in _rows(file):
+    pairs: list[Pair] = []
+
+    def add(row: dict[str, Any], name: str) -> None:
         texts, images = _targets(row, name)
         record = {
             "qry": row.get("qry_text") or "",
@@ -45,11 +63,16 @@ def load_mmeb(path: str | os.PathLike, image_root: str | os.PathLike | None = No
             "neg_text": texts[1:],
             "neg_image_path": images[1:],
         }
-        pairs.append(pair_from_record(record, root=root, task=file.stem, name=name))
+        pair = pair_from_record(record, root=root, task=file.stem, name=name)
+        if on_error == "skip":
+            _check_images(pair.query, pair.positive, *pair.negatives)
+        pairs.append(pair)
+
+    _read(str(file), _rows(file), add, on_error)
     return pairs
 
 
-def load_beir(folder: str | os.PathLike, split: str = "test") -> Pool:
+def load_beir(folder: str | os.PathLike, split: str = "test", on_error: OnError = "raise") -> Pool:
     """Read a folder of ``corpus``, ``queries`` and ``qrels``, each a file or a folder of files.
 
     Corpus rows have ``_id`` or ``corpus-id`` and ``title``, ``text`` and/or ``image``; queries
@@ -59,31 +82,79 @@ def load_beir(folder: str | os.PathLike, split: str = "test") -> Pool:
     Args:
         folder: the folder; files are ``.jsonl``, ``.parquet`` or (qrels) ``.tsv``.
         split: where a part has files of several splits, the one whose name starts with this.
+        on_error: as in `load_mmeb`; judgements of what was skipped are bad rows too.
 
     Returns:
         The pool of all documents, to be scored by `Pool.evaluate` (nDCG@5 is customary for ViDoRe).
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: a row of another form, an id that occurs twice or is unknown; names file and
-            row.
+        ValueError: a row of another form, an empty document, an id that occurs twice or is unknown;
+            names file and row.
     """
     root = Path(folder)
-    corpus = _documents(root, "corpus", split, _corpus_document)
-    queries = _documents(root, "queries", split, _query_document)
+    corpus = _documents(root, "corpus", split, _corpus_document, on_error)
+    queries = _documents(root, "queries", split, _query_document, on_error)
     numbers = {key: i for i, key in enumerate(corpus)}
-    gains: dict[str, dict[int, float]] = {}
-    for name, row in _part(root, "qrels", split):
+    judged: dict[str, dict[int, float]] = {}
+
+    def judge(row: dict[str, Any], name: str) -> None:
         query, document = _id(row, name, "query-id"), _id(row, name, "corpus-id")
         for key, known, what in ((query, queries, "query"), (document, corpus, "document")):
             if key not in known:
                 raise ValueError(f"{name}: {what} {key!r} is not in the {what} list")
-        score = float(row.get("score", 1))
-        if score > 0:
-            gains.setdefault(query, {})[numbers[document]] = score
+        score = _score(row.get("score", 1), name)
+        if judged.setdefault(query, {}).setdefault(numbers[document], score) != score:
+            raise ValueError(f"{name}: query {query!r} and document {document!r} have two scores")
+
+    _read(f"{root}: qrels", _part(root, "qrels", split), judge, on_error)
+    gains = {query: {i: s for i, s in scores.items() if s > 0} for query, scores in judged.items()}
+    gains = {query: relevant for query, relevant in gains.items() if relevant}
     if not gains:
         raise ValueError(f"{root}: no query has a relevant document")
     return Pool([queries[key] for key in gains], list(corpus.values()), list(gains.values()))
+
+
+def _read(
+    source: str,
+    rows: Iterable[Row],
+    take: Callable[[dict[str, Any], str], None],
+    on_error: OnError,
+) -> None:
+    """Hand every row to `take`, which raises where it is bad."""
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+    total, skipped = 0, Counter[str]()
+    for name, get in rows:
+        total += 1
+        try:
+            take(get(), name)
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            skipped[str(error).removeprefix(f"{name}: ")] += 1
+            logger.debug("skipped %s", error)
+    if skipped:
+        [(reason, _)] = skipped.most_common(1)
+        count = skipped.total()
+        logger.warning("%s: skipped %d of %d rows, most often: %s", source, count, total, reason)
+
+
+def _check_images(*documents: Document) -> None:
+    for document in documents:
+        for image in document.images:
+            opened = decode(image, document.name)
+            target_size(opened.height, opened.width, ImageSettings(), document.name)
+
+
+def _score(value: Any, name: str) -> float:
+    try:
+        score = float(value)
+    except (ValueError, TypeError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{name}: score must be a number, got {value!r}")
+    return score
 
 
 def _targets(row: dict[str, Any], name: str) -> tuple[list, list]:
@@ -101,23 +172,37 @@ def _targets(row: dict[str, Any], name: str) -> tuple[list, list]:
     return texts, images
 
 
-def _documents(root: Path, part: str, split: str, make: Any) -> dict[str, Document]:
+def _documents(
+    root: Path, part: str, split: str, make: Callable[..., Document], on_error: OnError
+) -> dict[str, Document]:
     found: dict[str, Document] = {}
-    for name, row in _part(root, part, split):
+
+    def add(row: dict[str, Any], name: str) -> None:
         key = _id(row, name, "_id", "corpus-id" if part == "corpus" else "query-id")
         if key in found:
             raise ValueError(f"{name}: id {key!r} occurs twice")
-        found[key] = make(row, root, name)
+        document = make(row, root, name)
+        if on_error == "skip":
+            _check_images(document)
+        found[key] = document
+
+    _read(f"{root}: {part}", _part(root, part, split), add, on_error)
     return found
 
 
 def _corpus_document(row: dict[str, Any], root: Path, name: str) -> Document:
-    text = "\n".join(part for part in (row.get("title"), row.get("text")) if part)
+    parts = {key: row[key] for key in ("title", "text") if row.get(key) is not None}
+    for key, value in parts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name}: {key} must be text, got {value!r}")
     image = row.get("image")
-    if not image:
-        return document_from_record({"text": text}, name=name)
-    # A page is its picture; text beside it would give the answer of the OCR, not of the model.
-    return document_from_record({"text": IMAGE_MARKER, "images": [image]}, root=root, name=name)
+    if image:
+        # A page is its picture; text beside it would give the answer of the OCR, not of the model.
+        return document_from_record({"text": IMAGE_MARKER, "images": [image]}, root=root, name=name)
+    text = "\n".join(filter(None, parts.values()))
+    if not text.strip():
+        raise ValueError(f"{name}: the document is empty: no title, no text and no image")
+    return document_from_record({"text": text}, name=name)
 
 
 def _query_document(row: dict[str, Any], root: Path, name: str) -> Document:
@@ -134,7 +219,7 @@ def _id(row: dict[str, Any], name: str, *keys: str) -> str:
     raise ValueError(f"{name}: expected a field {' or '.join(keys)}, found {sorted(row)}")
 
 
-def _part(root: Path, part: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _part(root: Path, part: str, split: str) -> Iterator[Row]:
     """The rows of corpus, queries or qrels."""
     named = [root / f"{part}{suffix}" for suffix in _SUFFIXES]
     files = [file for file in named if file.is_file()][:1]
@@ -147,31 +232,61 @@ def _part(root: Path, part: str, split: str) -> Iterator[tuple[str, dict[str, An
         yield from _rows(file)
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a .jsonl, .parquet or .tsv file."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
+def _rows(file: Path) -> Iterator[Row]:
+    """The rows of a .jsonl, .parquet or .tsv file."""
+    readers = {".parquet": _parquet_rows, ".tsv": _table_rows}
+    return readers.get(file.suffix, _json_rows)(file)
 
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches(_PARQUET_ROWS):
-            for row in batch.to_pylist():
-                yield f"{file}: row {number}", row
-                number += 1
-        return
-    with open(file, encoding="utf-8", newline="") as lines:
-        if file.suffix == ".tsv":
-            for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), 2):
-                yield f"{file}:{number}", row
-            return
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            number = 0
+            for batch in table.iter_batches(_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    yield f"{file}: row {number}", partial(dict, row)
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: cannot read Parquet: {error}") from error
+
+
+def _table_rows(file: Path) -> Iterator[Row]:
+    """Rows under a line of field names, all parted by tabs."""
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, delimiter="\t")
+        try:
+            header = next(reader, [])
+            for values in filter(None, reader):
+                name = f"{file}:{reader.line_num}"
+                yield name, partial(_table_row, header, values, name)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: no table after line {reader.line_num}: {error}") from error
+
+
+def _table_row(header: list[str], values: list[str], name: str) -> dict[str, Any]:
+    if len(values) != len(header):
+        raise ValueError(
+            f"{name}: expected {len(header)} fields parted by tabs ({', '.join(header)}), "
+            f"got {len(values)}: {values}"
+        )
+    return dict(zip(header, values, strict=True))
+
+
+def _json_rows(file: Path) -> Iterator[Row]:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield f"{file}:{number}", _json_row(line, f"{file}:{number}")
+                name = f"{file}:{number}"
+                yield name, partial(_json_row, line, name)
 
 
-def _json_row(line: str, name: str) -> dict[str, Any]:
+def _json_row(line: bytes, name: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: no JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{name}: expected an object, got {type(row).__name__}")

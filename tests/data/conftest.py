@@ -1,6 +1,7 @@
 """What the data tests share: a tiny tokenizer of the Qwen kind, and pictures of noise."""
 
 import io
+import struct
 
 import numpy as np
 import PIL.Image
@@ -29,6 +30,13 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def settings():
     return ImageSettings(patch_size=4, merge_size=2, min_pixels=8 * 8, max_pixels=40 * 40)
+
+
+@pytest.fixture(scope="session")
+def odd_dds():
+    """A picture of an unknown format: Pillow raises NotImplementedError when it opens it."""
+    head = struct.pack("<4s7I44x", b"DDS ", 124, 0x1007, 4, 4, 0, 0, 0)
+    return head + struct.pack("<II4s20x20x", 32, 4, b"ABCD")
 
 
 @pytest.fixture(scope="session")

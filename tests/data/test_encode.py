@@ -68,6 +68,7 @@ def test_truncation_never_cuts_an_image(tokenizer, settings, picture, length):
     kept = runs_of_images(encoder, encoded)
     assert encoder.counts["images dropped"] == 3 - len(kept)
     assert encoder.counts["documents truncated"] == (len(whole) > length)
+    assert all(encoder.counts.values())
     assert len(encoder(document, truncate=False)) == len(whole)
 
 

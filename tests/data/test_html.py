@@ -1,5 +1,7 @@
 """HTML folders: sections, figures, captions of several generators, and pages that are broken."""
 
+import logging
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -171,16 +173,18 @@ def test_an_image_repeated_on_many_pages_is_an_ornament(tmp_path):
     assert corpus.skipped == {"ornament": REPEATED_PAGES}
 
 
-def test_what_cannot_be_used_is_counted(tmp_path):
+def test_what_cannot_be_used_is_counted(tmp_path, odd_dds):
     folder = tmp_path / "manual"
     good = picture(folder, "good.png")
     picture(tmp_path, "outside.png")
     whole = good.read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "garbage.png").write_bytes(b"garbage")
+    (folder / "odd.dds").write_bytes(odd_dds)
     (folder / "drawing.svg").write_text("<svg/>")
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     sources = ["good.png?x=1#y", "./sub/../good.png", "absent.png", "cut.png", "garbage.png"]
+    sources += ["odd.dds"]
     sources += ["drawing.svg", "../outside.png", "../../../etc/hostname", "/etc/hostname"]
     sources += ["http://x.org/a.png", "//x.org/a.png", "data:image/png;base64,AAAA", "link.png"]
     sources += ["file:///etc/passwd", "", "http://[bad", "a\0b.png"]
@@ -189,7 +193,7 @@ def test_what_cannot_be_used_is_counted(tmp_path):
     assert corpus.skipped["image outside the folder"] == 4
     assert corpus.skipped["remote image"] == 3
     assert corpus.skipped["image embedded as data"] == 1
-    assert corpus.skipped["broken image"] == 1
+    assert corpus.skipped["broken image"] == 2
     assert corpus.skipped["truncated image"] == 1
     assert corpus.skipped["image in a vector format"] == 1
     assert corpus.skipped["image without source"] == 1
@@ -215,10 +219,62 @@ def test_pages_that_are_broken_never_stop_the_reading(tmp_path):
     assert {("good.html", "Good"), ("latin.html", "Größe"), ("wide.html", "Größe")} <= titles
     assert any(page == "open.htm" for page, _ in titles)
     assert {"empty.html", "frames.html"}.isdisjoint(page for page, _ in titles)
-    assert set(corpus.skipped) == {"page that cannot be parsed", "page without text"}
+    assert corpus.skipped == {
+        "page that cannot be parsed": 1,
+        "page without text": 2,
+        "rest of a page that cannot be parsed": 1,
+    }
     assert [section.page for section in corpus.sections] == sorted(
         section.page for section in corpus.sections
     )
+
+
+def test_tags_that_are_never_closed_and_long_texts_lose_nothing(tmp_path):
+    items = "".join(f"<li><b>line {i}" for i in range(400))
+    read(tmp_path, f"<h1>Old</h1>{items}", "deep.html")
+    read(tmp_path, "<h1>" + "<i>a" * 1900, "heading.html")
+    corpus = read(tmp_path, f"<h1>Long</h1>{'x' * 11_000_000}<p>end</p>", "long.html")
+    deep, long = corpus.sections
+    assert deep.body.text.split("\n") == [f"line {i}" for i in range(400)]
+    assert long.body.text.endswith("x\nend") and len(long.body.text) > 11_000_000
+    assert corpus.skipped == {"page without text": 1}
+
+
+def test_the_beginning_of_a_page_that_breaks_off_is_kept(tmp_path):
+    pages = {
+        "deep": "<h1>A</h1>start" + "<div>" * 9000 + "lost",
+        "unknown": "<h1>B</h1>gr\xfcn<p>end",
+    }
+    pages["unknown"] = "<meta charset=foo-99>" + pages["unknown"]
+    pages["wrong"] = "<meta charset=shift_jis><h1>C</h1>start<p>\xff\xfe\x81</p>lost"
+    for name, text in pages.items():
+        (tmp_path / f"{name}.html").write_bytes(text.encode("latin-1"))
+    corpus = read_html_folder(tmp_path)
+    a, b, c = (section.body.text.split("\n") for section in corpus.sections)
+    assert (a, b[1:], c) == (["start"], ["end"], ["start"])
+    assert corpus.skipped == {"rest of a page that cannot be parsed": 2}
+
+
+def test_figures_never_closed_have_each_its_caption(tmp_path):
+    picture(tmp_path, "a.png")
+    picture(tmp_path, "b.png")
+    html = "<figure><img src='a.png'><figcaption>One<figure><img src='b.png'><figcaption>Two"
+    assert captions(read(tmp_path, html)) == [("a.png", "One"), ("b.png", "One: Two")]
+
+
+def test_what_is_left_out_is_told(tmp_path, caplog):
+    folder, elsewhere = tmp_path / "manual", tmp_path / "elsewhere"
+    read(elsewhere, "<p>not read</p>")
+    folder.mkdir()
+    (folder / "link").symlink_to(elsewhere)
+    with caplog.at_level(logging.WARNING):
+        corpus = read(folder, f"<h1>T</h1><p>{LONG}</p><img src='absent.png'>")
+    assert [section.page for section in corpus.sections] == ["page.html"]
+    assert "manual: left out 1 linked folder, 1 missing image" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert not read_html_folder(elsewhere).skipped
+    assert not caplog.records
 
 
 def test_a_folder_without_pages_is_refused(tmp_path):

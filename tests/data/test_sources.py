@@ -58,7 +58,7 @@ def test_image_root_and_tasks(tmp_path):
     assert [pair.task for pair in pairs] == ["pairs", "pairs", "own"]
     assert {pair.task for pair in load_pairs(path, task="given")} == {"given"}
     write(path, [PAIRS[0] | {"task": 3}])
-    with pytest.raises(TypeError, match=r"pairs\.jsonl line 1: field 'task'"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl line 1: field 'task'"):
         list(load_pairs(path))
 
 
@@ -67,6 +67,36 @@ def test_a_folder_of_files_is_read_in_order(tmp_path):
         write(tmp_path / name, [{"text": name}])
     (tmp_path / "notes.txt").write_text("not data")
     assert [document.text for document in load_documents(tmp_path)] == ["a.jsonl", "b.jsonl"]
+
+
+def test_what_a_folder_of_files_does_not_read_is_told(tmp_path, picture, caplog):
+    write(tmp_path / "a.jsonl", RECORDS)
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / ".hidden").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert len(list(load_documents(tmp_path))) == 2
+    assert not caplog.records
+    for name in ("sub/b.jsonl", "sub/c.html", "sub/d.png", "sub/notes.txt", "e.txt", "LICENSE"):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        assert len(list(load_documents(tmp_path))) == 2
+    assert caplog.messages == [
+        f"{tmp_path}: read as a folder of record files, of its top alone; not read: "
+        "1 .html in sub-folders, 1 .jsonl in sub-folders, 1 .txt, 1 LICENSE"
+    ]
+
+
+@pytest.mark.parametrize("load", [load_documents, load_pairs])
+def test_a_folder_of_pages_and_records_is_refused(tmp_path, picture, load, caplog):
+    folder = html_folder(tmp_path, picture)
+    (folder / "images" / "b.jsonl").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        load(folder)
+    assert "HTML pages; not read: 1 .json, 1 .jsonl in sub-folders" in caplog.text
+    write(folder / "a.jsonl", RECORDS)
+    with pytest.raises(ValueError, match=r"got both \(\.html, \.json, \.jsonl\)"):
+        load(folder)
 
 
 def html_folder(folder, picture):
@@ -119,6 +149,10 @@ def test_missing_sources(tmp_path):
         ("[1, 2]", r"line 2: expected a record with named fields, got list"),
         ('{"txt": "a"}', r"line 2: field 'text' is missing; found \['txt'\]"),
         ('{"text": 5}', r"line 2: field 'text' must be a string, got int"),
+        ('{"text": ""}', r"line 2: field 'text' is empty and 'images' gives no image"),
+        ('{"text": "a \\ud800"}', r"line 2: the text holds '\\ud800' at character 2"),
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", r"line 2: bad JSON: .*recursion"),
+        ('{"text": ' + "1" * 5000 + "}", r"line 2: bad JSON: .*digits"),
         (
             json.dumps({"text": IMAGE_MARKER * 3, "images": ["a", "b"]}),
             r"line 2: 3 image .* 2 image",
@@ -128,7 +162,7 @@ def test_missing_sources(tmp_path):
 def test_bad_lines_name_their_place(tmp_path, line, message):
     path = tmp_path / "docs.jsonl"
     path.write_text(f'{{"text": "good"}}\n{line}\n{{"text": "last"}}\n')
-    with pytest.raises((ValueError, TypeError), match=rf"docs\.jsonl {message}"):
+    with pytest.raises(ValueError, match=rf"docs\.jsonl {message}"):
         list(load_documents(path))
     source = load_documents(path, on_error="skip")
     assert [document.text for document in source] == ["good", "last"]

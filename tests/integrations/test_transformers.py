@@ -23,8 +23,13 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    StaticCache,
     T5Config,
     T5EncoderModel,
 )
@@ -185,13 +190,52 @@ def test_training_after_inference_mode():
     torch.testing.assert_close(got, want)
 
 
-def test_mask_follows_a_boundary_changed_in_place():
-    model = build(Qwen2ForCausalLM, Qwen2Config(**SMALL), "moca_fast")
-    ids, bounds = random_ids(1, 9), torch.tensor([0, 4, 9], dtype=torch.int32)
-    first = model.model(ids, use_cache=False, **packed_kwargs(bounds))[0]
-    bounds[1] = 6
-    second = model.model(ids, use_cache=False, **packed_kwargs(bounds))[0]
-    assert not torch.allclose(first[0, 4:6], second[0, 4:6])
+def test_vision_training_after_inference_mode():
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        image_size=12, patch_size=4,
+    )  # fmt: skip
+    model, pixels = build(SiglipVisionModel, config, "moca_fast"), torch.randn(2, 3, 12, 12)
+    with torch.inference_mode():
+        want = model(pixels).last_hidden_state
+    got = model(pixels).last_hidden_state
+    got.sum().backward()
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", ["in place", "through data", "through numpy"])
+def test_mask_follows_a_reused_buffer(write, inference):
+    model = build(Qwen2ForCausalLM, Qwen2Config(**SMALL, is_causal=False), "moca_fast").model
+    ids, old, new = random_ids(1, 9), [0, 4, 9], [0, 6, 9]
+
+    def states(bounds):
+        return model(ids, use_cache=False, **packed_kwargs(bounds))[0]
+
+    with torch.inference_mode(inference):
+        want = states(torch.tensor(new, dtype=torch.int32))
+        buffer = torch.tensor(old, dtype=torch.int32)
+        states(buffer)
+        target = {"in place": buffer, "through data": buffer.data, "through numpy": buffer.numpy()}
+        target[write][1] = new[1]
+        assert torch.equal(states(buffer), want)
+
+
+def test_masks_elsewhere_are_kept_by_version(monkeypatch):
+    """On an accelerator, for which a device without values stands in: they cannot be compared."""
+    monkeypatch.setattr(integration, "_make_mask", lambda *args: object())
+
+    def mask_of(bounds):
+        return integration._packed_mask(bounds, 9, False, None)
+
+    bounds = torch.zeros(3, dtype=torch.int32, device="meta")
+    first = mask_of(bounds)
+    assert mask_of(bounds) is first
+    bounds.zero_()
+    assert mask_of(bounds) is not first
+    with torch.inference_mode():
+        uncounted = torch.zeros(3, dtype=torch.int32, device="meta")
+        assert mask_of(uncounted) is not mask_of(uncounted)
 
 
 def test_autocast():
@@ -404,6 +448,42 @@ def test_sliding_window(is_causal, window):
     torch.testing.assert_close(got, want, **TOLERANCE)
 
 
+@pytest.mark.parametrize("new_tokens", [1, 5])
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        (LlamaForCausalLM, LlamaConfig(**SMALL)),
+        (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=4)),
+        (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=8)),
+    ],
+    ids=["full", "shorter window", "longer window"],
+)
+def test_static_cache_filled_by_the_prompt(kind, config, new_tokens):
+    sdpa, ours = (build(kind, config, name) for name in ("sdpa", "moca_fast"))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    settings |= {"cache_implementation": "static", "disable_compile": True}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    want = sdpa.generate(random_ids(2, 6), attention_mask=mask, **settings)
+    got = ours.generate(random_ids(2, 6), attention_mask=mask, **settings)
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(got.logits, want.logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind, config", [
+    (LlamaForCausalLM, LlamaConfig(**SMALL)),
+    (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=4)),
+], ids=["full", "window"])  # fmt: skip
+def test_static_cache_without_generate(kind, config):
+    sdpa, ours = (build(kind, config, name).model for name in ("sdpa", "moca_fast"))
+    caches = StaticCache(config, max_cache_len=12), StaticCache(config, max_cache_len=12)
+    for ids in random_ids(2, 9).split([3, 4, 1, 1], dim=1):
+        want, got = (
+            m(ids, past_key_values=c)[0] for m, c in zip((sdpa, ours), caches, strict=True)
+        )
+        torch.testing.assert_close(got, want, **TOLERANCE)
+
+
 def test_encoder_with_padding():
     config = BertConfig(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -499,3 +579,17 @@ def test_base_model_is_made_bidirectional(tmp_path):
     model = AutoModel.from_pretrained(tmp_path, attn_implementation="moca_fast")
     make_bidirectional(model)
     assert model.config.text_config.is_causal is False
+
+
+@pytest.mark.parametrize("positions", [None, torch.arange(6)[None]], ids=["", "position_ids"])
+@pytest.mark.parametrize("rows", [None, torch.ones(1, 6, dtype=torch.bool)], ids=["", "mask"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_sliding_window_of_a_direct_call(causal, rows, positions):
+    q = torch.randn(1, 2, 6, 16)
+    out, _ = attention_forward(
+        torch.nn.Module(), q, q, q, rows, is_causal=causal, sliding_window=2, position_ids=positions
+    )
+    ahead = torch.arange(6)[:, None] - torch.arange(6)
+    visible = (ahead >= 0) & (ahead < 2) if causal else ahead.abs() <= 2
+    want = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=visible)
+    torch.testing.assert_close(out, want.transpose(1, 2))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import every_op
 import pytest
 import torch
 
@@ -149,6 +150,36 @@ def test_environment_names_an_unknown_instruction_set():
     done = run("-m", "moca_fast", MOCA_CPU_ISA="sse9")
     assert done.returncode != 0
     assert "MOCA_CPU_ISA: expected one of portable" in done.stderr and "got sse9" in done.stderr
+
+
+@pytest.mark.parametrize("op", [moca_fast.linear_cross_entropy, moca_fast.info_nce])
+def test_a_second_derivative_of_a_mean_is_refused(op):
+    x = torch.randn(4, 8, requires_grad=True)
+    loss = op(x, torch.randn(4, 8), torch.arange(4))
+    with pytest.raises(RuntimeError, match=r"moca_fast\.\w+ has no second gradient"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_a_forward_derivative_is_refused():
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"moca_fast\.pool has no forward-mode"):
+        torch.func.jacfwd(lambda hidden: moca_fast.pool(hidden, bounds))(torch.randn(4, 8))
+
+
+@pytest.mark.parametrize("name", [name for name in every_op.CALLS if name != "patchify"])
+def test_the_reference_gives_contiguous_tensors(name):
+    """As its fakes say, which torch.compile believes; here of inputs that are not contiguous."""
+
+    def random(*shape, dtype):
+        turned = torch.randn(shape[::-1], dtype=dtype).permute(*range(len(shape))[::-1])
+        return turned.requires_grad_()
+
+    with pytest.MonkeyPatch.context() as patch, moca_fast.use_backend("reference"):
+        patch.setattr(every_op, "random", random)
+        out, leaves = every_op.CALLS[name](torch.float64)
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+    assert not any(leaf.is_contiguous() for leaf in leaves if leaf.dim() > 1)
+    assert all(result.is_contiguous() for result in (out, *gradients))
 
 
 def test_a_second_derivative_is_refused():

@@ -107,8 +107,21 @@ def test_signature_is_that_of_flash_attn():
     assert " ".join(inspect.signature(flash_attn_varlen_func).parameters) == names
 
 
-def call(**changes):
+@pytest.mark.parametrize("wide", [7, 2**31 - 2, 2**31 - 1, 2**63 - 1])
+def test_a_window_wider_than_all_has_no_limit(wide):
     x = torch.randn(7, 2, 16)
+    for window, same in (((-1, wide), (-1, -1)), ((wide, 0), (-1, 0))):
+        assert torch.equal(call(q=x, window_size=window), call(q=x, window_size=same))
+
+
+@pytest.mark.parametrize("change", [{"max_seqlen_q": None}, {"window_size": (1.0, 0)}])
+def test_numbers_are_whole(change):
+    with pytest.raises(TypeError, match="expected a whole number, got"):
+        call(**change)
+
+
+def call(**changes):
+    x = torch.linspace(-1, 1, 7 * 2 * 16).view(7, 2, 16)
     values = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu(4, 3), "cu_seqlens_k": cu(4, 3)}
     return flash_attn_varlen_func(**{**values, "max_seqlen_q": 4, "max_seqlen_k": 4, **changes})
 
@@ -130,6 +143,7 @@ def call(**changes):
         ({"k": None}, r"k: expected a \(tokens, heads, D\) tensor, got NoneType"),
         ({"v": torch.randn(7, 2, 24)}, r"v: expected shape \(7, 2, 16\)"),
         ({"cu_seqlens_q": cu(4, 3).to("meta")}, "device"),
+        ({"window_size": None}, r"window_size: expected \(left, right\), got None"),
     ],
 )
 def test_bad_arguments(changes, message):

@@ -203,6 +203,15 @@ def test_backward_scales_and_repeats(dtype, backend):
     assert torch.equal(torch.autograd.grad(out, tensors[1])[0], first[1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradient_of_a_mean_whose_sum_is_out_of_range(backend):
+    query = torch.full((512, 16), 8.0).half()
+    document = torch.zeros(4, 16).half().requires_grad_()
+    target = torch.zeros(512, dtype=torch.long)
+    moca_fast.info_nce(query, document, target, temperature=0.03, backend=backend).backward()
+    assert document.grad[0, 0] == -200
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.kernel
 def test_bits_do_not_depend_on_runs_or_threads(reduction):
@@ -290,6 +299,9 @@ def test_target_out_of_range(with_ids, wrong, backend):
         ({"query_ids": torch.zeros(4).long()}, ValueError, "document_ids beside them"),
         ({"document_ids": torch.zeros(5).long()}, ValueError, r"document_ids.*\(6,\), got \(5,\)"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0, got 0.0"),
+        ({"temperature": 1e-50}, ValueError, "temperature: expected a number above 0, got 1e-50"),
+        ({"temperature": None}, TypeError, "temperature: expected a number or a 0-d.*got None"),
+        ({"temperature": torch.tensor(-1.0)}, ValueError, r"temperature: .*above 0, got -1\.0"),
         ({"temperature": torch.ones(1)}, ValueError, r"temperature.*\(\), got \(1,\)"),
         ({"reduction": "max"}, ValueError, "reduction.*'max'"),
     ],

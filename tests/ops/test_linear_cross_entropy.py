@@ -78,6 +78,15 @@ def test_exact_random_shapes(shape, scale, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradient_of_a_mean_whose_sum_is_out_of_range(backend):
+    hidden = torch.full((2048, 16), 33.0).half()
+    weight = torch.zeros(1000, 16).half().requires_grad_()
+    labels = torch.zeros(2048, dtype=torch.long)
+    linear_cross_entropy(hidden, weight, labels, backend=backend).backward()
+    torch.testing.assert_close(weight.grad[0], torch.full((16,), -33 * 0.999).half())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous(backend):
     *tensors, labels = problem(30, 20, 40)
     spread = torch.stack([labels, labels], dim=1)[:, 0]
@@ -221,6 +230,11 @@ def test_label_out_of_range(label, backend):
         ({"labels": torch.zeros(9).int()}, TypeError, "labels.*int64, got int32"),
         ({"bias": torch.zeros(10)}, ValueError, r"bias.*\(11,\), got \(10,\)"),
         ({"hidden": [1.0]}, TypeError, "hidden: expected a tensor, got list"),
+        (
+            {"ignore_index": -100.0},
+            TypeError,
+            r"ignore_index: .* whole number, got -100\.0",
+        ),
         ({"reduction": "max"}, ValueError, "reduction.*'max'"),
         ({"backend": "fast"}, ValueError, "backend.*'fast'"),
     ],

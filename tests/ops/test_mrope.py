@@ -241,6 +241,11 @@ THREE = torch.zeros(3, 5, 16)
         ),
         ({"cos": THREE, "sin": THREE, "mrope_section": [4, 4]}, ValueError, r"got \(4, 4\)"),
         ({"cos": THREE, "sin": THREE, "mrope_section": [9, 0, -1]}, ValueError, "three numbers"),
+        (
+            {"cos": THREE, "sin": THREE, "mrope_section": [2.0, 3, 3]},
+            TypeError,
+            r"mrope_section: expected a whole number, got 2\.0",
+        ),
         ({"interleaved": True}, ValueError, "expected an mrope_section with it"),
         ({"backend": "cuda"}, ValueError, "holds no CUDA code|tensors are on cpu"),
     ],

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moca_fast import SpanMask
+from moca_fast import SpanMask, attention
 from moca_fast.tile_plan import device_tiles
 
 
@@ -217,8 +217,34 @@ def test_bad_images(images, message):
 
 
 def test_bad_window():
-    with pytest.raises(ValueError, match="left: expected 0 or more, or None for no limit, got -1"):
+    with pytest.raises(ValueError, match="left: expected at least 0, got -1"):
         SpanMask.window(cu(5), -1, 0)
+    with pytest.raises(TypeError, match=r"right: expected a whole number, got 2\.0"):
+        SpanMask.window(cu(5), None, 2.0)
+
+
+@pytest.mark.parametrize("wide", [5, 2**31 - 1, 2**63 - 1, 10**30])
+def test_a_window_wider_than_all_has_no_limit(wide):
+    bounds = cu(5, 3)
+    full = SpanMask.full(bounds).dense()
+    assert torch.equal(SpanMask.window(bounds, wide, wide).dense(), full)
+
+
+def test_bad_number_of_keys():
+    with pytest.raises(TypeError, match=r"num_keys: expected a whole number, got 2\.5"):
+        SpanMask(ints(0), ints(1), 2.5)
+    with pytest.raises(ValueError, match="num_keys: expected at least 0, got -3"):
+        SpanMask(ints(), ints(), -3)
+
+
+def test_plans_of_inference_serve_training():
+    mask = SpanMask.full(cu(5, 3))
+    x = torch.randn(8, 2, 16)
+    with torch.inference_mode():
+        attention(x, x, x, mask)
+        assert not mask.transposed().start.is_inference()
+    attention(x.requires_grad_(), x, x, mask).sum().backward()
+    assert x.grad is not None
 
 
 def test_validation_can_be_left_out_or_forced():

@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import moca.checkpoint as checkpoint
@@ -14,8 +17,10 @@ from moca.checkpoint import (
     load_checkpoint,
     replacing,
     save_checkpoint,
+    tidy,
     write_file,
 )
+from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import nn
 
@@ -149,3 +154,29 @@ def test_write_file_leaves_nothing_half_written(tmp_path):
         write_file(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_what_killed_writers_left_is_tidied_up(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()  # its number is nobody's now
+    for name in (".checkpoint-00000002.partial", ".model.retired", ".log.jsonl.retired"):
+        (tmp_path / f"{name}-{process.pid}").mkdir()
+        (tmp_path / f"{name}-{process.pid}" / "file").write_text("old")
+    (tmp_path / f".state.json.partial-{process.pid}").write_text("half")
+    (tmp_path / f".index.partial-{os.getppid()}").mkdir()  # a living writer's
+    (tmp_path / "log.jsonl").write_text("")
+    tidy(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f".index.partial-{os.getppid()}", "log.jsonl", "model"]
+    assert (tmp_path / "model" / "file").read_text() == "old"
+
+
+def test_full_disk_while_tensors_are_written(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(tensors, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*checkpoint-00000001 is intact"):
+        save(tmp_path, 2)

@@ -1,12 +1,24 @@
-"""`Embedder.encode`: what it takes, in which order it answers, and that packing changes nothing."""
+"""`Embedder.encode`: what it takes, in which order it answers, and that packing changes nothing.
+
+Then the index: what it refuses before any work, and what it does not answer from.
+"""
 
 import io
+import json
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 from moca import Document, Embedder
+from moca.config import ConfigError, EmbedConfig
+from moca.embed import EMBEDDINGS, INDEX, build_index, search
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +107,108 @@ def test_documents_pass_through(embedder):
     np.testing.assert_allclose(
         embedder.encode([document]), embedder.encode([["a ", picture()]]), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["batch_tokens", "max_length"])
+@pytest.mark.parametrize("value", [0, -5])
+def test_sizes_below_one_are_refused(embedder, name, value):
+    with pytest.raises(ValueError, match=f"{name}.*got {value}"):
+        Embedder(embedder.model, **{name: value})
+
+
+def test_an_embedding_that_is_not_finite_is_named(tmp_path):
+    broken = Embedder.from_pretrained(tiny.write_model(tmp_path / "model"), precision="fp32")
+    with torch.no_grad():
+        broken.model.vlm.model.visual.blocks[0].mlp.up_proj.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="item 1: the model's embedding of it is not finite"):
+        broken.encode(["text", picture()])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with a model, documents whose file name is no UTF-8, and an index of them."""
+    folder = tmp_path_factory.mktemp("built")
+    model = tiny.write_model(folder / "model")
+    source = os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")
+    shutil.copy(tiny.write_data(folder / "data")["documents"], source)
+    for picture in (folder / "data").glob("*.png"):
+        shutil.copy(picture, folder)
+    config = EmbedConfig(str(model), source, str(folder / "index"), max_length=8, on_error="skip")
+    build_index(config)
+    return folder
+
+
+@pytest.fixture
+def index(built, tmp_path) -> Path:
+    """The index, to be changed."""
+    return Path(shutil.copytree(built / "index", tmp_path / "index"))
+
+
+def test_names_that_are_no_utf8_are_kept_readable(built):
+    assert search(built / "index", "red", k=1)[0].name.startswith("caf\\udce9.jsonl line")
+
+
+def test_a_query_that_is_cut_is_told(built, capsys):
+    search(built / "index", "red")
+    assert "cut" not in capsys.readouterr().err
+    search(built / "index", "red square " * 250)
+    captured = capsys.readouterr()
+    assert "the query was cut to the 8 tokens" in captured.err and not captured.out
+
+
+def test_an_index_of_another_model_is_refused(index, tmp_path):
+    about = json.loads((index / INDEX).read_text())
+    about["model"] = str(tiny.write_model(tmp_path / "model", seed=1))
+    (index / INDEX).write_text(json.dumps(about))
+    with pytest.raises(
+        ValueError, match=r"another model than the one that lies in .*embed the doc"
+    ):
+        search(index, "red")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=r"index: the model .*model, is gone"):
+        search(index, "red")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{}", r"index\.json: expected model \(str\), weights \(str\), documents \(int\), dim"),
+        ("[]", r"index\.json: expected model \(str\)"),
+        ("{", r"index\.json: damaged, no JSON"),
+        ({"weights": None}, r"index\.json: expected weights \(str\); .*earlier version"),
+        ({"max_length": "8"}, r"index\.json: expected max_length \(int\)"),
+        ({"dimension": 31}, r"embeddings\.parquet: expected 25 rows of .*31 x float.*32 x float"),
+        ({"documents": 24}, r"embeddings\.parquet: expected 24 rows .* got 25"),
+    ],
+)
+def test_a_damaged_index_json_is_named(index, change, message):
+    if isinstance(change, dict):
+        change = json.dumps(json.loads((index / INDEX).read_text()) | change)
+    (index / INDEX).write_text(change)
+    with pytest.raises(ValueError, match=message):
+        search(index, "red")
+
+
+def test_damaged_vectors_are_named(index):
+    table = pq.read_table(index / EMBEDDINGS)
+    lists = pa.array(table["embedding"].to_pylist())
+    for broken in (
+        table.drop_columns("name"),
+        table.set_column(3, "embedding", lists),
+        table.set_column(0, "name", pa.nulls(len(table), pa.string())),
+    ):
+        pq.write_table(broken, index / EMBEDDINGS)
+        with pytest.raises(ValueError, match=r"embeddings\.parquet: expected 25 rows"):
+            search(index, "red")
+    (index / EMBEDDINGS).write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"embeddings\.parquet: damaged, no Parquet"):
+        search(index, "red")
+    (index / EMBEDDINGS).unlink()
+    with pytest.raises(ConfigError, match=r"is no index: expected embeddings\.parquet"):
+        search(index, "red")
+
+
+def test_an_output_that_cannot_be_made_is_refused_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"idx cannot be made: .*file: Not a directory"):
+        build_index(EmbedConfig("nowhere", "nowhere", str(tmp_path / "file" / "idx")))

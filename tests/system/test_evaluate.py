@@ -1,20 +1,20 @@
 """Metrics against their definitions, TF-IDF against scikit-learn, and the published forms."""
 
 import io
-import json
+import itertools
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from moca import evaluate
+from moca import evaluate, retrieval
+from moca.config import ConfigError, EvalConfig
 from moca.data.records import IMAGE_MARKER, Document, Pair
 from moca.evaluate import Pool, TfIdf, candidate_precision, chance, metrics, tfidf_baseline
-from moca.suites import load_beir, load_mmeb
+from moca.retrieval import evaluate_model, evaluate_pool
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import ndcg_score
 
@@ -118,12 +118,26 @@ def test_wrong_arguments_are_named(change, message):
 
 
 def test_chance_is_the_mean_over_all_orders():
-    relevance = [{0: 1.0}] * 4
-    orders = [np.roll([4.0, 3.0, 2.0, 1.0], shift) for shift in range(4)]
-    expected = evaluate.rank_metrics(orders, 4, relevance, ks=(1, 3, 10))
-    assert chance(4, ks=(1, 3, 10)) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="at least one candidate"):
-        chance(0)
+    relevance = [{0: 1.0}, {1: 1.0, 4: 1.0, 0: 1.0}, {2: 3.0, 3: 0.5}, dict.fromkeys(range(5), 2.0)]
+    scores = np.array(list(itertools.permutations(range(5))), float)
+    orders = [
+        evaluate.rank_metrics([row] * len(relevance), 5, relevance, ks=(1, 3, 10)) for row in scores
+    ]
+    expected = {name: np.mean([found[name] for found in orders]) for name in orders[0]}
+    assert chance(5, relevance, ks=(1, 3, 10)) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="at least one query"):
+        chance(5, [])
+    with pytest.raises(ValueError, match="query 1: expected relevant candidates from 0 to 4"):
+        chance(5, [{0: 1.0}, {}])
+
+
+def test_the_row_of_chance_knows_how_many_are_right():
+    pool = Pool.of_pairs([pair("a", "b" * (1 + i)) for i in range(5)])
+    pool.candidates += [Document("c" * (1 + i)) for i in range(5)]
+    found = evaluate_pool(pool, letter_embedding)["chance"]
+    assert found["precision@1"] == pytest.approx(0.5)
+    assert found["mrr"] == pytest.approx(0.7047, abs=1e-4)
+    assert found["ndcg@10"] == pytest.approx(0.7705, abs=1e-4)
 
 
 TEXTS = [
@@ -179,111 +193,53 @@ def test_candidate_precision_counts_ties_and_copies():
     assert found["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 2) / 4)
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+@pytest.fixture
+def beir(tmp_path) -> Path:
+    """A folder of one query; the second document is empty."""
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "x", "text": "a"}\n{"_id": "y", "text": ""}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "1", "text": "a"}\n')
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n1\tx\t1\n")
+    return tmp_path
 
 
-MMEB_ROWS = [
-    {
-        "qry_text": "<|image_1|>What is it?",
-        "qry_img_path": "it.png",
-        "tgt_text": ["a cat", "a dog"],
-        "tgt_img_path": ["", ""],
-    },
-    {
-        "qry_text": "Find a cat",
-        "qry_img_path": "",
-        "tgt_text": ["<|image_1|>", "<|image_1|>", "<|image_1|>"],
-        "tgt_img_path": ["it.png", "b.png", "c.png"],
-    },
-]
+@pytest.fixture
+def no_model(monkeypatch):
+    """Instead of a model, the letters of the documents."""
+
+    class Letters:
+        counts: ClassVar[dict[str, int]] = {}
+
+        def encode(self, documents, progress):
+            return letter_embedding(documents)
+
+    monkeypatch.setattr(retrieval.Embedder, "from_pretrained", lambda *_, **__: Letters())
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_mmeb_rows(tmp_path, suffix):
-    path = tmp_path / f"Set.{suffix}"
-    if suffix == "jsonl":
-        write_jsonl(path, MMEB_ROWS)
-    else:
-        pq.write_table(pa.Table.from_pylist(MMEB_ROWS), path)
-    first, second = load_mmeb(path)
-    assert first.query.text == f"{IMAGE_MARKER}What is it?"
-    assert first.query.images == (tmp_path / "it.png",)
-    assert [item.text for item in (first.positive, *first.negatives)] == ["a cat", "a dog"]
-    assert second.query.images == () and second.task == "Set"
-    shown = [item.images[0].name for item in (second.positive, *second.negatives)]
-    assert shown == ["it.png", "b.png", "c.png"]
+def test_bad_rows_of_an_evaluation_are_skipped(beir, no_model, caplog):
+    found = evaluate_model(EvalConfig(model="m", beir={"b": str(beir)}, on_error="skip"))
+    assert found["b"]["model"]["precision@1"] == 1 and "skipped 1 of 2" in caplog.text
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:2"):
+        evaluate_model(EvalConfig(model="m", beir={"b": str(beir)}))
+    empty = beir / "Set.jsonl"
+    empty.write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"mmeb\.m: .*Set\.jsonl holds no rows"):
+        evaluate_model(EvalConfig(model="m", mmeb={"m": str(empty)}, on_error="skip"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tgt_text": "['a cat']"}, "Set.jsonl:1: tgt_text must be a list, got str"),
-        ({"tgt_text": [], "tgt_img_path": []}, "both empty"),
-        ({"tgt_img_path": [""]}, "2 tgt_text but 1 tgt_img_path"),
-    ],
-)
-def test_bad_mmeb_rows_are_named(tmp_path, change, message):
-    path = write_jsonl(tmp_path / "Set.jsonl", [MMEB_ROWS[0] | change])
-    with pytest.raises(ValueError, match=message):
-        load_mmeb(path)
+def test_an_output_that_cannot_be_made_is_refused_first(beir):
+    output = beir / "corpus.jsonl" / "x.json"
+    with pytest.raises(ConfigError, match=r"x\.json cannot be made: .*corpus\.jsonl: Not a dir"):
+        evaluate_model(EvalConfig(model="nowhere", beir={"b": "nowhere"}, output=str(output)))
 
 
-def test_mmeb_errors_name_the_line(tmp_path):
-    path = tmp_path / "Set.jsonl"
-    path.write_text(json.dumps(MMEB_ROWS[0]) + "\n{broken\n")
-    with pytest.raises(ValueError, match=r"Set\.jsonl:2: no JSON"):
-        load_mmeb(path)
-    with pytest.raises(FileNotFoundError, match="absent"):
-        load_mmeb(tmp_path / "absent.jsonl")
+def test_scores_are_shown_where_they_cannot_be_written(beir, no_model, monkeypatch, capsys):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
 
-
-def test_beir_json_lines(tmp_path):
-    write_jsonl(
-        tmp_path / "corpus.jsonl",
-        [{"_id": "x", "title": "A", "text": "aa"}, {"_id": "y", "title": "", "text": "bb"}],
+    monkeypatch.setattr(retrieval, "write_file", full_disk)
+    config = EvalConfig(
+        model="m", beir={"b": str(beir)}, on_error="skip", output=str(beir / "x.json")
     )
-    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "b"}, {"_id": "2", "text": "c"}])
-    qrels = tmp_path / "qrels" / "test.tsv"
-    qrels.parent.mkdir()
-    qrels.write_text("query-id\tcorpus-id\tscore\n1\ty\t2\n1\tx\t0\n")
-    (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n2\tx\t1\n")
-    pool = load_beir(tmp_path)
-    assert [item.text for item in pool.candidates] == ["A\naa", "bb"]
-    assert [item.text for item in pool.queries] == ["b"]
-    assert pool.relevance == [{1: 2.0}]
-    assert pool.evaluate(letter_embedding, ks=(5,))["ndcg@5"] == 1
-    dev = load_beir(tmp_path, split="dev")
-    assert [item.text for item in dev.queries] == ["c"] and dev.relevance == [{0: 1.0}]
-
-
-def test_beir_parquet_pages(tmp_path):
-    parts = {
-        "corpus": [
-            {"corpus-id": 7, "image": {"bytes": png("red"), "path": None}},
-            {"corpus-id": 9, "image": {"bytes": png("blue"), "path": None}},
-        ],
-        "queries": [{"query-id": 3, "query": "blue?"}],
-        "qrels": [{"query-id": 3, "corpus-id": 9, "score": 1}],
-    }
-    for part, rows in parts.items():
-        (tmp_path / part).mkdir()
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / part / "test-00000-of-00001.parquet")
-    pool = load_beir(tmp_path)
-    assert [item.images for item in pool.candidates] == [(png("red"),), (png("blue"),)]
-    assert pool.relevance == [{1: 1.0}]
-
-
-def test_bad_beir_folders_are_named(tmp_path):
-    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "a"}])
-    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "b"}])
-    with pytest.raises(FileNotFoundError, match="qrels"):
-        load_beir(tmp_path)
-    write_jsonl(tmp_path / "qrels.jsonl", [{"query-id": "1", "corpus-id": "z", "score": 1}])
-    with pytest.raises(ValueError, match=r"qrels\.jsonl:1: document 'z'"):
-        load_beir(tmp_path)
-    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "a"}, {"_id": "x", "text": "b"}])
-    with pytest.raises(ValueError, match=r"corpus\.jsonl:2: id 'x' occurs twice"):
-        load_beir(tmp_path)
+    with pytest.raises(OSError, match=r"x\.json could not be written: .*No space left"):
+        evaluate_model(config)
+    assert "ndcg@10" in capsys.readouterr().out

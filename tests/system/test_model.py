@@ -198,6 +198,14 @@ def test_settings_that_do_not_fit_are_refused(tiny_model, tiny_tokenizer):
         Settings(pooling="max")
 
 
+def test_weights_that_are_not_finite_are_told(tiny_model, tmp_path):
+    with torch.no_grad():
+        tiny_model.language_model.layers[1].mlp.up_proj.weight[3] = float("nan")
+    tiny_model.save_pretrained(tmp_path / "model")
+    with pytest.raises(RuntimeError, match=r"hidden states of this .* are not finite"):
+        MocaModel.from_pretrained(tmp_path / "model")
+
+
 class TestTokenizer:
     def test_special_tokens_are_whole(self, tiny_tokenizer):
         for token in SPECIAL_TOKENS:

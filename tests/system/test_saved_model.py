@@ -112,6 +112,50 @@ def test_saving_replaces_the_old_directory_whole(tiny_model, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("foreign", ["notes.txt", "data/rows.jsonl", "1_Pooling/mine"])
+def test_saving_refuses_to_replace_what_it_does_not_write(tiny_model, tmp_path, foreign):
+    target = tmp_path / "model"
+    tiny_model.save_pretrained(target)
+    (target / foreign).parent.mkdir(exist_ok=True)
+    (target / foreign).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"model holds {foreign.split('/rows')[0]}, which"):
+        tiny_model.save_pretrained(target)
+    assert (target / foreign).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_refuses_a_file_and_a_folder_of_another_kind(tiny_model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="file: expected a folder for the model"):
+        tiny_model.save_pretrained(tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"other holds config\.json"):
+        tiny_model.save_pretrained(tmp_path / "other")
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_saving_replaces_an_empty_folder_and_an_earlier_model(tiny_model, tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    tiny_model.save_pretrained(target)
+    shard = target / "model-00001-of-00002.safetensors"
+    shard.write_bytes(b"of a larger model")
+    tiny_model.save_pretrained(target)
+    assert (target / "model.safetensors").exists() and not shard.exists()
+
+
+def test_saving_follows_a_link(tiny_model, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for _ in range(2):
+        tiny_model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model" / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
 def test_config_says_bidirectional(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -16,15 +16,15 @@ import tiny
 import torch
 from moca.checkpoint import CheckpointError, checkpoints
 from moca.config import ConfigError, ContrastConfig, CptConfig, from_dict
-from moca.contrast import PairBatches, contrast, load_tasks
+from moca.contrast import FEWER, PairBatches, contrast, load_tasks
 from moca.data.encode import Encoder
 from moca.data.packing import pack
-from moca.data.records import Document
+from moca.data.records import Document, Pair
 from moca.embed import Embedder
 from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
-from moca.run import Interrupted, Run, read_log, seeded
+from moca.run import Diverged, Interrupted, Run, read_log, seeded
 from safetensors.torch import load_file
 
 
@@ -146,6 +146,114 @@ def test_damaged_checkpoint_is_named(data, tmp_path):
         pretrain(cpt_config(data, tmp_path / "run", steps=4, resume=True))
 
 
+def test_resumed_before_the_first_checkpoint(data, tmp_path, monkeypatch):
+    def killed(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cpt_config(data, tmp_path / "run", steps=2))
+    monkeypatch.undo()
+    assert not checkpoints(tmp_path / "run")
+    pretrain(cpt_config(data, tmp_path / "run", steps=2, resume=True))
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2]
+
+
+def test_settings_may_change_between_starts(data, tmp_path, capsys):
+    """What the optimizers go by is what the configuration says now, and what changed is said."""
+    contrast(contrast_config(data, tmp_path / "run", steps=2, lr=1e-9, weight_decay=0.0))
+    capsys.readouterr()
+    contrast(contrast_config(data, tmp_path / "run", lr=0.01, betas=[0.5, 0.5], resume=True))
+    said = capsys.readouterr()
+    assert "resume: lr is 0.01, was 1e-09" in said.out + said.err
+    assert "resume: steps is 4, was 2" in said.out + said.err
+    newest = checkpoints(tmp_path / "run")[-1]
+    (group, *_) = json.loads((newest / "optimizer-0.json").read_text())["param_groups"]
+    assert group["initial_lr"] == 0.01
+    assert (group["betas"], group["weight_decay"]) == ([0.5, 0.5], 0.01)
+    moved = load_file(newest / "objective.safetensors")
+    before = load_file(checkpoints(tmp_path / "run")[0] / "objective.safetensors")
+    assert max(float((moved[k] - before[k]).abs().max()) for k in moved) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seed": 1}, "made of other batches"),
+        ({"batch_size": 4}, "made of other batches"),
+        ({"pairs": ["words"]}, "made of other batches"),
+        ({"steps": 1}, "steps: expected at least 2, which .* has reached, got 1"),
+    ],
+)
+def test_stage2_refuses_to_resume_on_other_batches(data, tmp_path, change, message):
+    contrast(contrast_config(data, tmp_path / "run", steps=2))
+    if "pairs" in change:
+        change = {"pairs": {task: data[task] for task in change["pairs"]}}
+    with pytest.raises(ConfigError, match=message):
+        contrast(contrast_config(data, tmp_path / "run", **{"steps": 4, **change, "resume": True}))
+
+
+def test_stage1_refuses_to_resume_on_other_batches(data, tmp_path):
+    pretrain(cpt_config(data, tmp_path / "run", steps=2))
+    with pytest.raises(ConfigError, match="made of other batches"):
+        pretrain(cpt_config(data, tmp_path / "run", batch_cost=300, resume=True))
+
+
+def test_another_optimizer_is_named(data, tmp_path):
+    contrast(contrast_config(data, tmp_path / "run", steps=2, optimizer="adamw"))
+    with pytest.raises(CheckpointError, match=r"expected 2 optimizer\(s\), it holds 1"):
+        contrast(contrast_config(data, tmp_path / "run", optimizer="muon", resume=True))
+
+
+@pytest.mark.parametrize("stage", ["cpt", "contrast"])
+def test_a_run_that_diverges_stops(data, tmp_path, stage, monkeypatch):
+    make, train = {"cpt": (cpt_config, pretrain), "contrast": (contrast_config, contrast)}[stage]
+    train(make(data, tmp_path / "run", steps=2))
+    with pytest.raises(Diverged, match=r"step \d+: \w+ is (nan|inf); .*-00000002 is intact"):
+        train(make(data, tmp_path / "run", steps=9, save_every=99, lr=1e30, resume=True))
+    kept = load_file(checkpoints(tmp_path / "run")[-1] / "objective.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_values_and_counts_outlive_a_start(data, tmp_path, monkeypatch):
+    options = {"steps": 4, "log_every": 4, "max_length": 6}
+    contrast(contrast_config(data, tmp_path / "whole", **options))
+    save = Run.save
+
+    def stop_after_two(run):
+        save(run)
+        if run.step == 2:
+            raise Interrupted("stopped")
+
+    monkeypatch.setattr(Run, "save", stop_after_two)
+    with pytest.raises(Interrupted):
+        contrast(contrast_config(data, tmp_path / "parts", **options))
+    monkeypatch.undo()
+    contrast(contrast_config(data, tmp_path / "parts", **options, resume=True))
+    (whole,), (parts,) = (read_log(tmp_path / name) for name in ("whole", "parts"))
+    assert whole["loss"] == parts["loss"]
+    whole, parts = (
+        json.loads((checkpoints(tmp_path / name)[-1] / "state.json").read_text())["counts"]
+        for name in ("whole", "parts")
+    )
+    assert whole == parts and whole["documents truncated"] > 0
+
+
+def test_hard_negatives_left_out_are_counted(data):
+    model = MocaModel.from_pretrained(data["model"])
+    encoder = Encoder(model.tokenizer, model.image_settings, 64)
+    text = [Document.of([f"number {n}"]) for n in range(8)]
+    pairs = [Pair(text[0], text[1], (text[2], text[3])), Pair(text[4], text[5], (text[6],))]
+    config = from_dict(ContrastConfig, {"model": "m", "output": "o", "pairs": {"a": "a.jsonl"}})
+    batch = PairBatches({"a": pairs}, [("a", [0, 1])], encoder, config)[0]
+    assert batch.negatives == 1 and batch.counts == {FEWER: 1}
+
+
+def test_a_batch_of_one_pair_needs_hard_negatives(data, tmp_path):
+    with pytest.raises(ConfigError, match="batch_size: expected 2 or more for task 'pictures'"):
+        contrast(contrast_config(data, tmp_path / "run", task_batch_sizes={"pictures": 1}))
+
+
 def test_task_smaller_than_a_batch(data, tmp_path):
     with pytest.raises(ConfigError, match="words"):
         contrast(contrast_config(data, tmp_path / "run", task_batch_sizes={"words": 99}))
@@ -191,6 +299,24 @@ def command(stage: str, config: dict, folder: Path) -> list[str]:
     path = folder / f"{stage}.yaml"
     path.write_text(json.dumps(config))
     return [sys.executable, "-m", "moca", stage, str(path)]
+
+
+def test_a_signal_to_all_processes_is_the_runs_to_answer(data, tmp_path):
+    """As Ctrl-C in a terminal: the processes that prepare batches get it too."""
+    values = {"steps": 400, "save_every": 400, "workers": 2}
+    config = dataclasses.asdict(contrast_config(data, tmp_path / "run", **values))
+    process = subprocess.Popen(
+        command("contrast", config, tmp_path), stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 300
+    while not log.exists() and process.poll() is None:
+        assert time.monotonic() < deadline, "no step was made"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert len(checkpoints(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -43,7 +43,8 @@ def attention(
         mask: the keys [start, end) each query sees, on the same device.
         softmax_scale: factor on the scores; default D ** -0.5.
         return_lse: also return the log-sum-exp of each row's scaled scores (differentiable).
-        deterministic: the backward repeats bit by bit. The forward always does.
+        deterministic: the backward repeats bit by bit, on a CPU for a given number of threads. The
+            forward always does, on a CPU for any number.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:

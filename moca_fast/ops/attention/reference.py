@@ -15,7 +15,7 @@ def forward(
     scores = _scores(queries, keys, mask, softmax_scale)
     out = torch.einsum("hgij,jhd->ihgd", _probabilities(scores, mask), values)
     lse = scores.logsumexp(dim=-1).flatten(0, 1).t().contiguous().float()
-    return out.flatten(1, 2).to(q.dtype), lse, torch.zeros_like(lse)
+    return out.flatten(1, 2).to(q.dtype).contiguous(), lse, torch.zeros_like(lse)
 
 
 def backward(
@@ -41,7 +41,9 @@ def backward(
     d_scores = probabilities * (d_probabilities - mean + d_lses) * softmax_scale
     d_queries = torch.einsum("hgij,jhd->ihgd", d_scores, keys).flatten(1, 2)
     d_keys = torch.einsum("hgij,ihgd->jhd", d_scores, queries)
-    return d_queries.to(q.dtype), d_keys.to(k.dtype), d_values.to(v.dtype)
+    gradients = zip((d_queries, d_keys, d_values), (q, k, v), strict=True)
+    d_q, d_k, d_v = (gradient.to(like.dtype).contiguous() for gradient, like in gradients)
+    return d_q, d_k, d_v
 
 
 def _wide(x: Tensor) -> Tensor:

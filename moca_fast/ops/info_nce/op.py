@@ -5,6 +5,7 @@ sees. The B x M scores are never held: a tile, a few queries' at a time, or all 
 B queries, M documents, K hard negatives a query, D dim.
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -55,15 +56,16 @@ def info_nce(
     s = query . document / temperature, h[b, k] = query[b] . hard_negatives[b, k] / temperature.
     Nothing is normalised here: for the cosine similarity pass vectors of unit length, as
     `moca_fast.pool` gives them. On a GPU, in float32 on a CPU, and for at most 4 Mi scores B x M
-    there, a gradient that will be needed of a "mean" or "sum" is made along with the loss, of the
-    same scores, and kept for the backward.
+    there, but never in float16, a gradient that will be needed of a "mean" or "sum" is made along
+    with the loss, of the same scores, and kept for the backward.
 
     Args:
         query: (B, D) float32, bfloat16, float16 or float64; receives a gradient.
         document: (M, D) of the dtype of query; all ranks' positives, already gathered; receives a
             gradient.
         target: (B,) int64, the row of `document` that answers each query; default 0 .. B - 1.
-        temperature: a positive float, or a 0-d tensor, which receives a gradient.
+        temperature: positive, a float or a 0-d tensor, which receives a gradient and whose value is
+            checked on the CPU only, since reading it from an accelerator waits for it.
         hard_negatives: (B, K, D) of the dtype of query, seen by their own query only; receives a
             gradient.
         query_ids: (B,) int64, the id of each query's positive; default document_ids[target].
@@ -161,11 +163,25 @@ def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         check_tensor(OP, "temperature", temperature, shape=(), dtypes=FLOATS, like=query)
         return temperature.to(dtype)
-    if not temperature > 0:
-        raise ValueError(
-            f"moca_fast.{OP}: temperature: expected a number above 0, got {temperature!r}"
+    if isinstance(temperature, bool) or not isinstance(temperature, (Real, torch.SymFloat)):
+        raise TypeError(
+            f"moca_fast.{OP}: temperature: expected a number or a 0-d tensor, got {temperature!r}"
         )
+    if not temperature >= torch.finfo(dtype).tiny:
+        raise _not_positive(temperature)
     return torch.full((), temperature, dtype=dtype, device=query.device)
+
+
+def _check_temperature(temperature: Tensor) -> None:
+    """Of the kernels, which are given its value even where torch.compile traces the call."""
+    if temperature.device.type == "cpu" and not (value := temperature.item()) > 0:
+        raise _not_positive(value)
+
+
+def _not_positive(temperature: object) -> ValueError:
+    return ValueError(
+        f"moca_fast.{OP}: temperature: expected a number above 0, got {temperature!r}"
+    )
 
 
 def _with_gradient(
@@ -194,6 +210,7 @@ def _forward(
     """Loss (B,), and logsumexp of the scores (B,) float64: in float32 its rounding would show in
     every probability that the backward makes of it."""
     tensors = (query, document, target, temperature, hard_negatives, query_ids, document_ids)
+    _check_temperature(temperature)
     return _dispatch.select(OP, backend, *tensors).forward(*tensors)
 
 
@@ -235,6 +252,7 @@ def _forward_with_gradients(
     A backward that starts from the lse makes all scores again: four products in place of three.
     """
     tensors = (query, document, target, temperature, hard_negatives, query_ids, document_ids)
+    _check_temperature(temperature)
     kernel = _dispatch.select(OP, backend, *tensors)
     return kernel.forward_with_gradients(needs, *tensors)
 

@@ -51,7 +51,7 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
         if hard_negatives is not None:
             d_query[rows] += torch.einsum("bk,bkd->bd", d_scores[:, count:], hard[rows])
             d_hard[rows] = d_scores[:, count:, None] * states[:, None]
-    grads = (d_query.to(query.dtype), d_document.to(query.dtype), d_hard.to(query.dtype))
+    grads = (grad.to(query.dtype).contiguous() for grad in (d_query, d_document, d_hard))
     return tuple(
         grad if need else query.new_empty(0)
         for grad, need in zip((*grads, d_temperature), needs, strict=True)

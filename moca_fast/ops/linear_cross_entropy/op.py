@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._checks import FLOATS, check_int, check_tensor
 from moca_fast._gradients import (
     empty_gradients,
     held_rows,
@@ -42,8 +42,8 @@ def linear_cross_entropy(
     loss[t] = log(sum over v of exp(z[t, v])) - z[t, labels[t]], z[t, v] = hidden[t] . weight[v]
     + bias[v], accumulated in float32. A row whose label is `ignore_index` costs nothing, counts
     for nothing and gets zero gradient. On a GPU, in float32 on a CPU, and for at most 4 Mi logits
-    there, a gradient that will be needed of a "mean" or "sum" is made along with the loss, of the
-    same logits, and kept for the backward.
+    there, but never in float16, a gradient that will be needed of a "mean" or "sum" is made along
+    with the loss, of the same logits, and kept for the backward.
 
     Args:
         hidden: (T, D) float32, bfloat16, float16 or float64; receives a gradient. Under autocast,
@@ -101,6 +101,7 @@ def inputs(
         check_tensor(
             OP, "bias", bias, shape=(weight.shape[0],), dtypes=(hidden.dtype,), like=hidden
         )
+    check_int(OP, "ignore_index", ignore_index)
     if reduction not in REDUCTIONS:
         raise ValueError(
             f"moca_fast.{OP}: reduction: expected one of {REDUCTIONS}, got {reduction!r}"

@@ -20,7 +20,7 @@ def backward(
     d_loss: Tensor, pred: Tensor, patches: Tensor, index: Tensor, normalize: bool
 ) -> Tensor:
     scale = 2.0 / max(pred.numel(), 1)
-    return (d_loss * scale * _error(pred, patches, index, normalize)).to(pred.dtype)
+    return (d_loss * scale * _error(pred, patches, index, normalize)).to(pred.dtype).contiguous()
 
 
 def _accumulator(pred: Tensor) -> torch.dtype:

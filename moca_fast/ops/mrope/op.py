@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._checks import FLOATS, check_int, check_tensor
 from moca_fast._operator import operator
 
 OP = "mrope"
@@ -84,6 +84,8 @@ def inputs(
     if cos.requires_grad or sin.requires_grad:
         raise ValueError(f"moca_fast.{OP}: cos and sin get no gradient; detach them")
     if mrope_section is not None:
+        for pairs in mrope_section:
+            check_int(OP, "mrope_section", pairs)
         valid = len(mrope_section) == 3 and min(mrope_section) >= 0
         if not valid or sum(mrope_section) != dim // 2:
             raise ValueError(

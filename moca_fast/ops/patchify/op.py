@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._checks import FLOATS, check_int, check_tensor
 from moca_fast._operator import operator
 
 OP = "patchify"
@@ -85,8 +85,7 @@ def inputs(
         ("merge_size", merge_size),
         ("temporal_patch_size", temporal_patch_size),
     ):
-        if size < 1:
-            raise ValueError(f"moca_fast.{OP}: {name}: expected at least 1, got {size}")
+        check_int(OP, name, size, 1)
     factor = patch_size * merge_size
     if image.shape[0] % factor or image.shape[1] % factor:
         raise ValueError(
@@ -94,8 +93,8 @@ def inputs(
             f"patch_size * merge_size = {factor}, got {image.shape[0]} x {image.shape[1]}"
         )
     for name, values in (("mean", mean), ("std", std)):
-        if len(values) != 3:
-            raise ValueError(f"moca_fast.{OP}: {name}: expected 3 values, got {len(values)}")
+        if not hasattr(values, "__len__") or len(values) != 3:
+            raise ValueError(f"moca_fast.{OP}: {name}: expected 3 values, got {values!r}")
     if not min(std) > 0:
         raise ValueError(f"moca_fast.{OP}: std: expected positive values, got {tuple(std)}")
     if dtype not in FLOATS:

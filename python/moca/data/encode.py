@@ -217,7 +217,8 @@ class Encoder:
                     continue
             parts.append(self._part(segment))
             room -= len(parts[-1].ids)
-        self.counts["documents truncated"] += cut
+        if cut:
+            self.counts["documents truncated"] += 1
         if not parts:
             raise ValueError(
                 f"{document.name or 'document'}: an image of {too_large} tokens does not fit into "

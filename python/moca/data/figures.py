@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import lxml.etree
 import lxml.html
 import PIL.Image
 
@@ -91,14 +92,23 @@ def tokens(element: lxml.html.HtmlElement) -> set[str]:
     return set(value.lower().split()) if value else set()
 
 
-def visible_text(element: lxml.html.HtmlElement) -> str:
-    """The text of a heading or caption, without permanent-link and zoom signs."""
-    parts = [element.text or ""]
-    for child in element:
-        if isinstance(child.tag, str) and not is_skipped(child) and not tokens(child) & _SIGNS:
-            parts.append(visible_text(child))
-        parts.append(child.tail or "")
-    return "".join(parts)
+def visible_text(element: lxml.html.HtmlElement, figures: bool = True) -> str:
+    """The text of a heading or caption, without permanent-link and zoom signs.
+
+    ``figures``: with that of figures inside it, as there are when a tag was never closed.
+    """
+    parts = []
+    steps = lxml.etree.iterwalk(element, events=("start", "end"))
+    for event, inner in steps:
+        if event == "end":
+            parts.append(None if inner is element else inner.tail)
+        elif inner is not element and (
+            is_skipped(inner) or tokens(inner) & _SIGNS or (not figures and _is_container(inner))
+        ):
+            steps.skip_subtree()
+        else:
+            parts.append(inner.text)
+    return "".join(filter(None, parts))
 
 
 def is_skipped(element: lxml.html.HtmlElement) -> bool:
@@ -195,7 +205,7 @@ def _probe(path: Path) -> tuple[int, int] | str:
             # Reading every pixel of every image would take longer than all the pages; the end of
             # the file shows the usual damage, a file cut short.
             return image.size if _is_complete(path, image.format or "") else "truncated image"
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+    except Exception:  # of damaged files, decoders raise of every kind
         return "broken image"
 
 
@@ -262,15 +272,13 @@ def _is_phrase(element: lxml.html.HtmlElement | None) -> bool:
 
 def find_caption(img: lxml.html.HtmlElement, containers: list) -> str:
     """The captions of its figures, outermost first; else the text after it; else its alt text."""
-    parts: list[str] = []
-    for container in reversed(containers):
-        for element in container.iterdescendants():
-            if (
-                _is_caption(element, container)
-                and next((up for up in element.iterancestors() if _is_container(up)), None)
-                is container
-            ):
-                parts.append(clean_caption(visible_text(element)))
+    captions: dict[lxml.html.HtmlElement, list[str]] = {up: [] for up in reversed(containers)}
+    for element in containers[-1].iterdescendants() if containers else ():
+        if _is_caption(element):
+            container = next(up for up in element.iterancestors() if _is_container(up))
+            if container in captions:
+                captions[container].append(clean_caption(visible_text(element, figures=False)))
+    parts = [caption for found in captions.values() for caption in found]
     if not any(parts):
         parts = [_following_caption(img)]
     if not any(parts):
@@ -282,15 +290,12 @@ def find_caption(img: lxml.html.HtmlElement, containers: list) -> str:
     return caption.replace("<|", "< |")
 
 
-def _is_caption(element: lxml.html.HtmlElement, container: lxml.html.HtmlElement) -> bool:
-    if not isinstance(element.tag, str):
-        return False
-    classes = tokens(element)
+def _is_caption(element: lxml.html.HtmlElement) -> bool:
+    classes, parent = tokens(element), element.getparent()
     if element.tag == "figcaption" or classes & _CAPTIONS:
         # An outer caption element speaks for the ones inside it.
-        parent = element.getparent()
         return not (parent.tag == "figcaption" or tokens(parent) & _CAPTIONS)
-    return "title" in classes and element.getparent() is container
+    return "title" in classes and _is_container(parent)
 
 
 def _following_caption(img: lxml.html.HtmlElement) -> str:

@@ -33,9 +33,9 @@ REPEATED_PAGES = 10
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _BLOCKS = words(
     "address article aside blockquote body caption center dd details div dl dt fieldset "
-    "figcaption figure form hr li main ol p pre section summary table tbody td tfoot th thead "
-    "tr ul"
+    "figcaption figure form hr li main ol p pre section summary table tbody tfoot thead tr ul"
 )
+_CELLS = words("td th")  # of a table row; they share a line
 # "6.5.1. Overview", "1.2 Install", "Chapter 17. Filters", "A.3. Notes", "B. Licence"; but not "3D
 # Transform".
 _SECTION_NUMBER = re.compile(
@@ -93,7 +93,8 @@ def read_html_folder(
     """Read every ``.html``, ``.htm`` and ``.xhtml`` page below a folder.
 
     Images outside the folder, remote, missing, broken or in a format that cannot be decoded are
-    left out and counted in ``skipped``; so are pages that cannot be parsed.
+    left out and counted in ``skipped``, and a warning says so; so it is with linked folders, pages
+    that cannot be parsed, and the rest of a page from where it cannot be parsed.
 
     Args:
         folder: the folder; pages are read in the order of their paths.
@@ -106,12 +107,12 @@ def read_html_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"HTML folder not found: {root}")
     suffixes = {".html", ".htm", ".xhtml"}
-    pages = sorted(
-        path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
-    )
+    found = sorted(root.rglob("*"))
+    pages = [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
     if not pages:
         raise FileNotFoundError(f"no .html, .htm or .xhtml page below {root}")
     corpus = HtmlCorpus()
+    corpus.skipped["linked folder"] = sum(path.is_symlink() and path.is_dir() for path in found)
     finder = FigureFinder(root, corpus.skipped)
     readers = []
     for path in progress(pages) if progress else pages:
@@ -123,9 +124,10 @@ def read_html_folder(
     seen: set[bytes] = set()
     for reader in readers:
         _collect(reader, ornaments, seen, corpus)
+    corpus.skipped += Counter()  # drops what counts zero
     if corpus.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(corpus.skipped.items()))
-        logger.info("%s: left out %s", root, reasons)
+        logger.warning("%s: left out %s", root, reasons)
     return corpus
 
 
@@ -191,10 +193,10 @@ def _read_page(path: Path, page: str, finder: FigureFinder) -> _PageReader | Non
         finder.skipped["page outside the folder"] += 1
         return None
     try:
-        tree = _parse(path.read_bytes())
+        tree = _parse(path.read_bytes(), finder.skipped)
         reader = _PageReader(page, path.parent, finder)
         reader.walk(_content_root(tree))
-    except (OSError, ValueError, RecursionError, lxml.etree.LxmlError):
+    except (OSError, ValueError, lxml.etree.LxmlError):
         finder.skipped["page that cannot be parsed"] += 1
         return None
     head = tree.find(".//title")
@@ -219,7 +221,6 @@ def _collect(
             seen.add(key)
             corpus.sections.append(section)
     corpus.skipped["ornament"] += len(ornaments & reader.unframed)
-    corpus.skipped += Counter()
     corpus.figures.extend(
         figure
         for figure in reader.figures
@@ -227,7 +228,7 @@ def _collect(
     )
 
 
-def _parse(content: bytes) -> lxml.html.HtmlElement:
+def _parse(content: bytes, skipped: Counter) -> lxml.html.HtmlElement:
     """Parse a page; UTF-8 where it is valid UTF-8, else what the page declares."""
     content = content.removeprefix(codecs.BOM_UTF8)
     encoding: str | None = "utf-8"
@@ -235,8 +236,16 @@ def _parse(content: bytes) -> lxml.html.HtmlElement:
         content.decode("utf-8")
     except UnicodeDecodeError:
         encoding = None
-    parser = lxml.html.HTMLParser(encoding=encoding, remove_comments=True, remove_pis=True)
-    return lxml.html.document_fromstring(content, parser=parser)
+    parser = lxml.html.HTMLParser(
+        encoding=encoding, remove_comments=True, remove_pis=True, huge_tree=True
+    )
+    tree = lxml.html.document_fromstring(content, parser=parser)
+    fatal = {error.type for error in parser.error_log.filter_from_fatals()}
+    # The parser stops where elements nest thousands deep or bytes are not of the encoding, but not
+    # at an encoding it does not know.
+    if fatal - {lxml.etree.ErrorTypes.ERR_UNSUPPORTED_ENCODING}:
+        skipped["rest of a page that cannot be parsed"] += 1
+    return tree
 
 
 def _content_root(tree: lxml.html.HtmlElement) -> lxml.html.HtmlElement:
@@ -274,36 +283,44 @@ class _PageReader:
         self.unframed: set[Path] = set()
         self.fallback = ""
 
-    def walk(self, element: lxml.html.HtmlElement, literal: bool = False) -> None:
-        """Read an element and what is inside it; ``literal`` keeps line breaks (``<pre>``)."""
-        tag = element.tag if isinstance(element.tag, str) else ""
-        if not tag or is_skipped(element):
-            return
+    def walk(self, root: lxml.html.HtmlElement) -> None:
+        """Read an element and what is inside it; tags never closed nest too deep to recurse."""
+        steps = lxml.etree.iterwalk(root, events=("start", "end"))
+        literal = 0  # how many ``<pre>``, which keep line breaks, are open
+        whole = None  # the element just read without walking into it
+        for event, element in steps:
+            start, tag = event == "start", element.tag
+            if start and self._whole(element):
+                steps.skip_subtree()
+                whole = element
+                continue
+            if element is not whole:
+                literal += (tag == "pre") * (1 if start else -1)
+                if tag in _BLOCKS:
+                    self._break()
+                elif tag in _CELLS and start:
+                    self.line.append(" ")
+            if start or element is not root:
+                self._text(element.text if start else element.tail, literal > 0)
+
+    def _whole(self, element: lxml.html.HtmlElement) -> bool:
+        """Read an element that is read, or left out, without walking into it; else False."""
+        tag = element.tag
+        if is_skipped(element):
+            return True
         if tag == "img":
             self._image(element)
-            return
-        if tag in _HEADINGS:
+        elif tag in _HEADINGS:
             self._heading(element, int(tag[1]))
-            return
-        if tag == "header":
+        elif tag == "header":
             # Of a page's banner only its headings are content.
             for heading in element.iter(*_HEADINGS):
-                self.walk(heading)
-            return
-        if tag == "br":
+                self._whole(heading)
+        elif tag == "br":
             self._break()
-            return
-        block = tag in _BLOCKS
-        literal = literal or tag == "pre"
-        if block:
-            # Cells of a table row share a line.
-            self.line.append(" ") if tag in ("td", "th") else self._break()
-        self._text(element.text, literal)
-        for child in element:
-            self.walk(child, literal)
-            self._text(child.tail, literal)
-        if block and tag not in ("td", "th"):
-            self._break()
+        else:
+            return False
+        return True
 
     def close(self, fallback: str) -> None:
         """Finish the last line; ``fallback`` titles the text before the first heading."""

@@ -110,7 +110,7 @@ class ImageSettings:
 
 
 def decode(image: ImageLike, name: str = "") -> PIL.Image.Image:
-    """Decode an image to RGB, with any transparency laid over white.
+    """Decode an image to RGB, with any transparency laid over white and 16-bit grey made 8-bit.
 
     Files and bytes are turned upright by their EXIF orientation. A PIL image is taken as it is,
     because the transformers processors do the same.
@@ -123,7 +123,8 @@ def decode(image: ImageLike, name: str = "") -> PIL.Image.Image:
         A PIL image of mode RGB.
 
     Raises:
-        ValueError: missing, truncated, unreadable or far too large; names the record.
+        ValueError: missing, truncated, unreadable, far too large, or of integers or floats of
+            unknown range (mode I or F); names the record.
     """
     where = f"{name}: " if name else ""
     label = f"{len(image)} bytes" if isinstance(image, bytes) else repr(image)
@@ -140,7 +141,7 @@ def decode(image: ImageLike, name: str = "") -> PIL.Image.Image:
         source, label = path, str(path)
     try:
         opened = PIL.Image.open(source)
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # of damaged files, decoders raise of every kind
         raise ValueError(f"{where}cannot read image {label}: {error}") from error
     with opened:
         return _decoded(opened, upright=True, message=f"{where}cannot read image {label}")
@@ -153,13 +154,31 @@ def _decoded(image: PIL.Image.Image, *, upright: bool, message: str) -> PIL.Imag
             f"{message}: {width} x {height} pixels is above the limit of {MAX_DECODED_PIXELS}"
         )
     try:
+        # Pillow opens 16 bits as 32 of some formats; a turned image does not know its format.
+        sixteen = image.mode.startswith("I;16") or (
+            image.mode == "I" and image.format in ("PNG", "PPM")
+        )
         image = PIL.ImageOps.exif_transpose(image) if upright else image
+        if sixteen:
+            return _eight_bits(image).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(
+                f"expected 8 or 16 bits a channel, got mode {image.mode}, whose range is unknown"
+            )
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, IndexError, MemoryError) as error:
+    except Exception as error:
         raise ValueError(f"{message}: {error}") from error
+
+
+def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A 16-bit greyscale image in 8 bits; Pillow's own conversion makes it white."""
+    values = np.asarray(image)
+    if (clear := image.info.get("transparency")) is not None:
+        values = np.where(values == clear, 65535, values)
+    return PIL.Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def target_size(

@@ -37,7 +37,8 @@ class Document:
         name: where the document came from, for error messages.
 
     Raises:
-        ValueError: the number of markers is not the number of images.
+        ValueError: the number of markers is not the number of images, or a lone surrogate in the
+            text.
         TypeError: a text that is no string, or an image of another type.
     """
 
@@ -57,6 +58,13 @@ class Document:
                     f"{where}: an image must be bytes, a path or a PIL image, "
                     f"got {type(image).__name__}"
                 )
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: the text holds {self.text[error.start]!a} at character {error.start}, "
+                "half of a surrogate pair and no character"
+            ) from None
         markers = self.text.count(IMAGE_MARKER)
         if markers != len(self.images):
             raise ValueError(
@@ -107,7 +115,7 @@ class Document:
 
     def key(self) -> bytes:
         """16 bytes, equal for equal text and equal images (by content, or by path)."""
-        digest = hashlib.blake2b(self.text.encode("utf-8", "surrogatepass"), digest_size=16)
+        digest = hashlib.blake2b(self.text.encode(), digest_size=16)
         for image in self.images:
             digest.update(b"\0image\0")
             digest.update(_image_identity(image))
@@ -144,8 +152,8 @@ def document_from_record(
         name: where the record came from, for error messages.
 
     Raises:
-        ValueError: a missing field, or markers and images that differ in number.
-        TypeError: a field of another type.
+        ValueError: a missing field or one of another type, neither text nor image, or markers and
+            images that differ in number.
     """
     where = name or "record"
     text = _text_field(record, "text", where)
@@ -153,7 +161,10 @@ def document_from_record(
         _image(value, root, f"{where}: images[{i}]")
         for i, value in enumerate(_list_field(record, "images", where))
     )
-    return Document(_with_markers(text, bool(images)), images, name)
+    document = Document(_with_markers(text, bool(images)), images, name)
+    if document.empty:
+        raise ValueError(f"{where}: field 'text' is empty and 'images' gives no image")
+    return document
 
 
 def pair_from_record(
@@ -174,10 +185,9 @@ def pair_from_record(
     one negative, and nothing is ever evaluated.
 
     Raises:
-        ValueError: a missing field, an empty query or positive, markers and images that differ in
-            number, negatives written as a Python list, or ``neg_text`` and ``neg_image_path`` of
-            different lengths.
-        TypeError: a field of another type.
+        ValueError: a missing field or one of another type, an empty query or positive, markers and
+            images that differ in number, negatives written as a Python list, or ``neg_text`` and
+            ``neg_image_path`` of different lengths.
     """
     where = name or "record"
     query = _side(record, "qry", "qry_image_path", root, where)
@@ -211,7 +221,7 @@ def _assemble(text: Any, image: Any, root: Any, where: str) -> Document:
     """Text and its image(s); the images go first when the text has no marker."""
     text = "" if text is None else text
     if not isinstance(text, str):
-        raise TypeError(f"{where}: expected a string, got {type(text).__name__}")
+        raise ValueError(f"{where}: expected a string, got {type(text).__name__}")
     values = [] if _missing(image) else image if isinstance(image, (list, tuple)) else [image]
     images = tuple(_image(value, root, where) for value in values if not _missing(value))
     text = _with_markers(text, bool(images))
@@ -235,7 +245,7 @@ def _text_field(record: Mapping, key: str, where: str) -> str:
         raise ValueError(f"{where}: field '{key}' is missing; found {sorted(map(str, record))}")
     value = record[key]
     if not isinstance(value, str):
-        raise TypeError(f"{where}: field '{key}' must be a string, got {type(value).__name__}")
+        raise ValueError(f"{where}: field '{key}' must be a string, got {type(value).__name__}")
     return value
 
 
@@ -252,7 +262,7 @@ def _list_field(record: Mapping, key: str, where: str) -> list:
         return _parse_list(value, key, where)
     if isinstance(value, (bytes, Mapping, PIL.Image.Image)) and key != "neg_text":
         return [value]
-    raise TypeError(f"{where}: field '{key}' must be a list, got {type(value).__name__}")
+    raise ValueError(f"{where}: field '{key}' must be a list, got {type(value).__name__}")
 
 
 def _parse_list(value: str, key: str, where: str) -> list:
@@ -261,7 +271,7 @@ def _parse_list(value: str, key: str, where: str) -> list:
         return [value]
     try:
         parsed = json.loads(stripped)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where}: field '{key}' is a string that looks like a list but is no JSON list "
             f"({error}); it is never evaluated: store a real list or JSON. "
@@ -273,10 +283,15 @@ def _parse_list(value: str, key: str, where: str) -> list:
 def _image(value: Any, root: Any, where: str) -> ImageLike:
     """An image of a record: bytes, ``{"bytes", "path"}``, a path (below root) or a PIL image."""
     if isinstance(value, Mapping):
-        if value.get("bytes"):
-            return bytes(value["bytes"])
-        value = value.get("path")
-        if not value:
+        content, value = value.get("bytes"), value.get("path")
+        if not _missing(content):
+            if not isinstance(content, (bytes, bytearray, memoryview)):
+                raise ValueError(
+                    f"{where}: 'bytes' of an image must be bytes, got {type(content).__name__} "
+                    "(JSON holds no bytes: give a 'path')"
+                )
+            return bytes(content)
+        if _missing(value):
             raise ValueError(f"{where}: an image mapping needs 'bytes' or 'path'; both are empty")
     if isinstance(value, (bytearray, memoryview)):
         return bytes(value)
@@ -285,7 +300,7 @@ def _image(value: Any, root: Any, where: str) -> ImageLike:
     if isinstance(value, (str, os.PathLike)):
         remote = str(value).startswith(("http://", "https://"))
         return value if root is None or remote else Path(root) / value
-    raise TypeError(
+    raise ValueError(
         f"{where}: an image must be bytes, a path or a PIL image, got {type(value).__name__}"
     )
 
@@ -296,7 +311,7 @@ def _image_identity(image: ImageLike) -> bytes:
     if isinstance(image, PIL.Image.Image):
         content = f"{image.mode}{image.size}".encode() + image.tobytes()
         return hashlib.blake2b(content, digest_size=16).digest()
-    return os.fsencode(image)
+    return os.fsdecode(image).encode("utf-8", "surrogatepass")
 
 
 def _document_of_mapping(item: Mapping, name: str) -> Document:

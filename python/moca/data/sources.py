@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import PIL.Image
+
 from moca.data.images import ImageSettings, decode, target_size
 from moca.data.records import Document, Pair, document_from_record, pair_from_record
 
@@ -68,7 +70,7 @@ class Records(Generic[Item]):
             try:
                 item = make()
                 _check_images(item)
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 self.skipped[str(error).removeprefix(f"{name}: ")] += 1
                 logger.debug("skipped %s", error)
             else:
@@ -101,7 +103,8 @@ def load_documents(
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: bad JSON (with the line), a record that is not of the schema; names the record.
+        ValueError: bad JSON (with the line), a record that is not of the schema (names the record),
+            or a folder of both pages and records.
     """
     path = _local(source)
     if path is not None and _is_html(path):
@@ -142,8 +145,8 @@ def load_pairs(
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: bad JSON (with the line), a record that is not of the schema, or another task of
-            an HTML folder; names the record.
+        ValueError: bad JSON (with the line), a record that is not of the schema (names the record),
+            a folder of both pages and records, or another task of an HTML folder.
     """
     path = _local(source)
     if path is not None and _is_html(path):
@@ -177,7 +180,7 @@ def _pair(
     record = _mapping(get(), name)
     task = task or record.get("task") or fallback
     if not isinstance(task, str):
-        raise TypeError(f"{name}: field 'task' must be a string, got {type(task).__name__}")
+        raise ValueError(f"{name}: field 'task' must be a string, got {type(task).__name__}")
     return pair_from_record(record, root=root, task=task, name=name)
 
 
@@ -216,13 +219,48 @@ def _local(source: str | os.PathLike) -> Path | None:
 
 
 def _is_html(path: Path) -> bool:
-    """Whether a folder is read as HTML: pages at its top, or below where it has no record files."""
+    """Whether a folder is read as HTML: pages at its top, or below where it has no record files.
+
+    Says which files will not be read.
+
+    Raises:
+        ValueError: pages beside records; JSON alone may belong to the pages.
+    """
     if not path.is_dir():
         return False
-    top = {child.suffix.lower() for child in path.iterdir()}
-    if top & set(_PAGES) or top & set(_SUFFIXES):
-        return bool(top & set(_PAGES))
-    return any(child.suffix.lower() in _PAGES for child in path.rglob("*"))
+    top = {child.suffix.lower() for child in path.iterdir() if child.is_file()}
+    pages, records = top & set(_PAGES), top & set(_SUFFIXES)
+    if pages and records - {".json"}:
+        raise ValueError(
+            f"{path}: expected HTML pages or record files, got both "
+            f"({', '.join(sorted(pages | records))}); move one kind to a folder of its own"
+        )
+    html = bool(pages)
+    if not pages and not records:
+        html = any(child.suffix.lower() in _PAGES for child in path.rglob("*"))
+    if unread := _unread(path, html):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
+        read = "HTML pages" if html else "record files, of its top alone"
+        logger.warning("%s: read as a folder of %s; not read: %s", path, read, kinds)
+    return html
+
+
+def _unread(path: Path, html: bool) -> Counter[str]:
+    """How many files of a folder look like data but are not read, by suffix."""
+    opened = PIL.Image.registered_extensions()
+    images = {suffix for suffix, kind in opened.items() if kind in PIL.Image.OPEN}
+    unread: Counter[str] = Counter()
+    for folder, _, names in os.walk(path):
+        below = folder != str(path)
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if html or below:
+                data = suffix in _SUFFIXES or (not html and suffix in _PAGES)
+            else:
+                data = not (suffix in _SUFFIXES or suffix in images or name.startswith("."))
+            if data:
+                unread[f"{suffix or name}{' in sub-folders' if below else ''}"] += 1
+    return unread
 
 
 def _html_pairs(path: Path, task: str | None) -> list[Pair]:
@@ -293,6 +331,8 @@ def _json(content: bytes, place: str) -> Any:
         raise ValueError(f"{place}: bad JSON: {error.msg} ({within}column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or deep nesting
+        raise ValueError(f"{place}: bad JSON: {error}") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moca.checkpoint import latest_checkpoint, write_file
+from moca.checkpoint import write_file
 from moca.config import (
     ConfigError,
     ContrastConfig,
@@ -40,6 +40,7 @@ from moca.quickstart.findings import gather
 from moca.quickstart.prepare import write_corpora
 from moca.quickstart.report import write_report
 from moca.retrieval import Scores, evaluate_pool
+from moca.run import CONFIG
 from moca.saving import build_tokenizer
 
 # The miniature: small enough for two cores, large enough to learn from 50,000 pictures and names.
@@ -172,7 +173,7 @@ class Quickstart:
             documents=documents,
             batch_cost=CPT_COST,
             steps=self.cpt_steps,
-            resume=latest_checkpoint(output) is not None,
+            resume=(output / CONFIG).exists(),
             seed=self.config.seed,
             **TRAINING,
         )
@@ -194,7 +195,7 @@ class Quickstart:
             output=str(output),
             pairs={task: str(self.folder / "data" / part / f"{task}.jsonl") for task in tasks},
             steps=steps,
-            resume=latest_checkpoint(output) is not None,
+            resume=(output / CONFIG).exists(),
             seed=self.config.seed,
             # No more than half of what a task has, so that batches differ from one another.
             task_batch_sizes={

@@ -1,0 +1,187 @@
+"""The published forms of evaluation sets: what is read, what is refused, what is skipped."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moca.data.records import IMAGE_MARKER, Document
+from moca.suites import load_beir, load_mmeb
+
+
+def png(colour: str) -> bytes:
+    target = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), colour).save(target, "PNG")
+    return target.getvalue()
+
+
+def letter_embedding(documents: list[Document]) -> np.ndarray:
+    """Counts of the letters a to e: enough to rank a few words."""
+    return np.array([[document.text.count(c) for c in "abcde"] for document in documents], float)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+MMEB_ROWS = [
+    {
+        "qry_text": "<|image_1|>What is it?",
+        "qry_img_path": "it.png",
+        "tgt_text": ["a cat", "a dog"],
+        "tgt_img_path": ["", ""],
+    },
+    {
+        "qry_text": "Find a cat",
+        "qry_img_path": "",
+        "tgt_text": ["<|image_1|>", "<|image_1|>", "<|image_1|>"],
+        "tgt_img_path": ["it.png", "b.png", "c.png"],
+    },
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_mmeb_rows(tmp_path, suffix):
+    path = tmp_path / f"Set.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, MMEB_ROWS)
+    else:
+        pq.write_table(pa.Table.from_pylist(MMEB_ROWS), path)
+    first, second = load_mmeb(path)
+    assert first.query.text == f"{IMAGE_MARKER}What is it?"
+    assert first.query.images == (tmp_path / "it.png",)
+    assert [item.text for item in (first.positive, *first.negatives)] == ["a cat", "a dog"]
+    assert second.query.images == () and second.task == "Set"
+    shown = [item.images[0].name for item in (second.positive, *second.negatives)]
+    assert shown == ["it.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tgt_text": "['a cat']"}, "Set.jsonl:1: tgt_text must be a list, got str"),
+        ({"tgt_text": [], "tgt_img_path": []}, "both empty"),
+        ({"tgt_img_path": [""]}, "2 tgt_text but 1 tgt_img_path"),
+    ],
+)
+def test_bad_mmeb_rows_are_named(tmp_path, change, message):
+    path = write_jsonl(tmp_path / "Set.jsonl", [MMEB_ROWS[0] | change])
+    with pytest.raises(ValueError, match=message):
+        load_mmeb(path)
+
+
+def test_mmeb_errors_name_the_line(tmp_path):
+    path = tmp_path / "Set.jsonl"
+    path.write_text(json.dumps(MMEB_ROWS[0]) + "\n{broken\n")
+    with pytest.raises(ValueError, match=r"Set\.jsonl:2: no JSON"):
+        load_mmeb(path)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load_mmeb(tmp_path / "absent.jsonl")
+
+
+def test_beir_json_lines(tmp_path):
+    write_jsonl(
+        tmp_path / "corpus.jsonl",
+        [{"_id": "x", "title": "A", "text": "aa"}, {"_id": "y", "title": "", "text": "bb"}],
+    )
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "b"}, {"_id": "2", "text": "c"}])
+    qrels = tmp_path / "qrels" / "test.tsv"
+    qrels.parent.mkdir()
+    qrels.write_text("query-id\tcorpus-id\tscore\n1\ty\t2\n1\tx\t0\n")
+    (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n2\tx\t1\n")
+    pool = load_beir(tmp_path)
+    assert [item.text for item in pool.candidates] == ["A\naa", "bb"]
+    assert [item.text for item in pool.queries] == ["b"]
+    assert pool.relevance == [{1: 2.0}]
+    assert pool.evaluate(letter_embedding, ks=(5,))["ndcg@5"] == 1
+    dev = load_beir(tmp_path, split="dev")
+    assert [item.text for item in dev.queries] == ["c"] and dev.relevance == [{0: 1.0}]
+
+
+def test_beir_parquet_pages(tmp_path):
+    parts = {
+        "corpus": [
+            {"corpus-id": 7, "image": {"bytes": png("red"), "path": None}},
+            {"corpus-id": 9, "image": {"bytes": png("blue"), "path": None}},
+        ],
+        "queries": [{"query-id": 3, "query": "blue?"}],
+        "qrels": [{"query-id": 3, "corpus-id": 9, "score": 1}],
+    }
+    for part, rows in parts.items():
+        (tmp_path / part).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / part / "test-00000-of-00001.parquet")
+    pool = load_beir(tmp_path)
+    assert [item.images for item in pool.candidates] == [(png("red"),), (png("blue"),)]
+    assert pool.relevance == [{1: 1.0}]
+
+
+def test_bad_beir_folders_are_named(tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "a"}])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "b"}])
+    with pytest.raises(FileNotFoundError, match="qrels"):
+        load_beir(tmp_path)
+    write_jsonl(tmp_path / "qrels.jsonl", [{"query-id": "1", "corpus-id": "z", "score": 1}])
+    with pytest.raises(ValueError, match=r"qrels\.jsonl:1: document 'z'"):
+        load_beir(tmp_path)
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "a"}, {"_id": "x", "text": "b"}])
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:2: id 'x' occurs twice"):
+        load_beir(tmp_path)
+
+
+def test_bad_beir_rows_are_skipped_and_counted(tmp_path, caplog):
+    corpus = [{"_id": "x", "text": "a"}, {"_id": "y", "title": "", "text": " "}]
+    corpus += [{"_id": "z", "title": 7, "text": "b"}, {"_id": "w", "image": "absent.png"}]
+    write_jsonl(tmp_path / "corpus.jsonl", corpus)
+    queries = [{"_id": "1", "text": "a"}, {"_id": "2", "text": ""}, {"_id": "3", "text": "c"}]
+    write_jsonl(tmp_path / "queries.jsonl", queries)
+    rows = ["query-id corpus-id score", "1 x 1", "1 x", "1 x 2", "1 x much", "2 x 1", "3 y 1"]
+    (tmp_path / "qrels.tsv").write_text("\n".join(rows).replace(" ", "\t"))
+    pool = load_beir(tmp_path, on_error="skip")
+    assert [item.text for item in pool.candidates] == ["a"]
+    assert [item.text for item in pool.queries] == ["a"] and pool.relevance == [{0: 1.0}]
+    said = [record.getMessage().split(", most often")[0] for record in caplog.records]
+    assert said == [
+        f"{tmp_path}: corpus: skipped 3 of 4 rows",
+        f"{tmp_path}: queries: skipped 1 of 3 rows",
+        f"{tmp_path}: qrels: skipped 5 of 6 rows",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "row", "message"),
+    [
+        ("corpus.jsonl", {"_id": "y", "text": " "}, ":2: the document is empty"),
+        ("corpus.jsonl", {"_id": "y", "title": 7}, ":2: title must be text, got 7"),
+        ("queries.jsonl", {"_id": "2", "text": ""}, ":2: expected a query"),
+        ("qrels.tsv", "1\tx", r":3: expected 3 fields .*, got 2: \['1', 'x'\]"),
+        ("qrels.tsv", "1\tx\tmuch", ":3: score must be a number, got 'much'"),
+        ("qrels.tsv", "1\tx\t2", ":3: query '1' and document 'x' have two scores"),
+    ],
+)
+def test_bad_beir_rows_are_named(tmp_path, part, row, message):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "a"}])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "a"}])
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n1\tx\t1\n")
+    with (tmp_path / part).open("a") as file:
+        file.write(row if isinstance(row, str) else json.dumps(row))
+    with pytest.raises(ValueError, match=part + message):
+        load_beir(tmp_path)
+
+
+def test_bad_mmeb_rows_are_skipped_and_counted(tmp_path, caplog):
+    (tmp_path / "it.png").write_bytes(png("red"))
+    path = write_jsonl(tmp_path / "Set.jsonl", [*MMEB_ROWS, MMEB_ROWS[0] | {"qry_text": 3}])
+    assert [item.query.text for item in load_mmeb(path, on_error="skip")] == [
+        f"{IMAGE_MARKER}What is it?"  # the images of the second row are missing
+    ]
+    assert "Set.jsonl: skipped 2 of 3 rows" in caplog.text
+    with pytest.raises(ValueError, match=r"Set\.jsonl:3: qry: expected a string, got int"):
+        load_mmeb(path)
+    with pytest.raises(ValueError, match="'raise' or 'skip', got 'ignore'"):
+        load_mmeb(path, on_error="ignore")
