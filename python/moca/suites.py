@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from moca.data.images import ImageSettings, decode, target_size
 from moca.data.records import IMAGE_MARKER, Document, Pair, document_from_record, pair_from_record
-from moca.data.sources import OnError
+from moca.data.sources import OnError, parquet_rows
 from moca.evaluate import Pool
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 Row = tuple[str, Callable[[], dict[str, Any]]]
 
 _SUFFIXES = (".jsonl", ".parquet", ".tsv")
-_PARQUET_ROWS = 64
 
 
 def load_mmeb(
@@ -234,23 +233,9 @@ def _part(root: Path, part: str, split: str) -> Iterator[Row]:
 
 def _rows(file: Path) -> Iterator[Row]:
     """The rows of a .jsonl, .parquet or .tsv file."""
-    readers = {".parquet": _parquet_rows, ".tsv": _table_rows}
-    return readers.get(file.suffix, _json_rows)(file)
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(_PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    yield f"{file}: row {number}", partial(dict, row)
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: cannot read Parquet: {error}") from error
+    if file.suffix == ".parquet":
+        return parquet_rows(file, f"{file}:")
+    return (_table_rows if file.suffix == ".tsv" else _json_rows)(file)
 
 
 def _table_rows(file: Path) -> Iterator[Row]:

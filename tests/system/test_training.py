@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import moca.checkpoint
 import numpy as np
@@ -63,6 +65,20 @@ def same_weights(a: Path, b: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
+@contextmanager
+def stopped_after(step: int):
+    """A run is interrupted once it has saved that step."""
+    save = Run.save
+
+    def save_and_stop(run):
+        save(run)
+        if run.step == step:
+            raise Interrupted("stopped")
+
+    with patch.object(Run, "save", save_and_stop), pytest.raises(Interrupted):
+        yield
+
+
 def test_stage1_learns_text_and_pictures(data, tmp_path):
     pretrain(cpt_config(data, tmp_path / "run", steps=60))
     log = read_log(tmp_path / "run")
@@ -103,21 +119,12 @@ def test_stage2_finds_every_picture_and_phrase(data, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["cpt", "contrast"])
-def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, stage, monkeypatch):
+def test_resumed_run_equals_an_uninterrupted_one(data, tmp_path, stage):
     make, train = {"cpt": (cpt_config, pretrain), "contrast": (contrast_config, contrast)}[stage]
     options = {"flip": 0.5, "rotate": 5.0, "shift": 0.1, "zoom": 0.1, "muon_lr": 6e-3}
     train(make(data, tmp_path / "whole", **options))
-    save = Run.save
-
-    def stop_after_two(run):
-        save(run)
-        if run.step == 2:
-            raise Interrupted("stopped")
-
-    monkeypatch.setattr(Run, "save", stop_after_two)
-    with pytest.raises(Interrupted):
+    with stopped_after(2):
         train(make(data, tmp_path / "parts", **options))
-    monkeypatch.undo()
     assert not (tmp_path / "parts" / "model").exists()
     train(make(data, tmp_path / "parts", **options, resume=True))
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -215,20 +222,11 @@ def test_a_run_that_diverges_stops(data, tmp_path, stage, monkeypatch):
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
 
 
-def test_values_and_counts_outlive_a_start(data, tmp_path, monkeypatch):
+def test_values_and_counts_outlive_a_start(data, tmp_path):
     options = {"steps": 4, "log_every": 4, "max_length": 6}
     contrast(contrast_config(data, tmp_path / "whole", **options))
-    save = Run.save
-
-    def stop_after_two(run):
-        save(run)
-        if run.step == 2:
-            raise Interrupted("stopped")
-
-    monkeypatch.setattr(Run, "save", stop_after_two)
-    with pytest.raises(Interrupted):
+    with stopped_after(2):
         contrast(contrast_config(data, tmp_path / "parts", **options))
-    monkeypatch.undo()
     contrast(contrast_config(data, tmp_path / "parts", **options, resume=True))
     (whole,), (parts,) = (read_log(tmp_path / name) for name in ("whole", "parts"))
     assert whole["loss"] == parts["loss"]

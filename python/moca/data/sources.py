@@ -297,7 +297,7 @@ def _rows(
 
 
 def _file_rows(files: Iterable[Path]) -> Iterator[Row]:
-    readers = {".jsonl": _json_lines, ".json": _json_array, ".parquet": _parquet_rows}
+    readers = {".jsonl": _json_lines, ".json": _json_array, ".parquet": parquet_rows}
     for file in files:
         for name, get in readers[file.suffix.lower()](file):
             yield name, get, file.parent
@@ -335,7 +335,8 @@ def _json(content: bytes, place: str) -> Any:
         raise ValueError(f"{place}: bad JSON: {error}") from None
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+def parquet_rows(file: Path, place: str = "") -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Each row's name, which begins with `place` (default: the name of the file), and reader."""
     import pyarrow
     import pyarrow.parquet
 
@@ -344,7 +345,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
             number = 0
             for batch in table.iter_batches(_PARQUET_ROWS):
                 for record in batch.to_pylist():
-                    yield f"{file.name} row {number}", partial(_given, record)
+                    yield f"{place or file.name} row {number}", partial(_given, record)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: cannot read Parquet: {error}") from error
