@@ -169,15 +169,16 @@ def verify_checkpoint(path: str | Path) -> None:
         raise CheckpointError(f"{path}: {MANIFEST} is missing, this is no whole checkpoint{hint}")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error}{hint}") from error
-    for name, expected in manifest.items():
+    for name, (size, sha256) in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing{hint}")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise CheckpointError(f"{file}: expected {expected['bytes']} bytes, got {size}{hint}")
-        if _digest(file) != expected:
+        if (got := file.stat().st_size) != size:
+            raise CheckpointError(f"{file}: expected {size} bytes, got {got}{hint}")
+        if _digest(file)["sha256"] != sha256:
             raise CheckpointError(f"{file}: its SHA-256 is not that of the manifest{hint}")
 
 

@@ -156,6 +156,14 @@ def test_write_file_leaves_nothing_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.parametrize("content", ["[]", '{"model.safetensors": 5}', '{"state.json": {}}'])
+def test_manifest_of_another_form(tmp_path, content):
+    path = save(tmp_path, 2)
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        load(path)
+
+
 def test_what_killed_writers_left_is_tidied_up(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()  # its number is nobody's now

@@ -95,6 +95,13 @@ def test_file_that_is_no_config(tmp_path, text):
         load_config(CptConfig, path)
 
 
+def test_a_key_that_stands_twice(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("model: m\noutput: o\npairs: {a: x, b: y, a: z}\n")
+    with pytest.raises(ConfigError, match="key 'a' stands twice"):
+        load_config(ContrastConfig, path)
+
+
 @pytest.mark.parametrize("override", ["steps", "=5", "betas.x=1"])
 def test_override_that_is_none(override):
     with pytest.raises(ConfigError):
