@@ -33,15 +33,9 @@ from moca.data.records import Document, Pair
 from moca.data.sources import load_pairs
 from moca.model import MocaModel
 from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.run import (
-    Run,
-    check_output,
-    load,
-    make_accelerator,
-    peak_memory,
-)
+from moca.run import Run, check_output, load_batches, make_accelerator, peak_memory
 
-# Every query of a batch has as many.
+# All queries of a batch have the same number.
 FEWER = "hard negatives left out: another pair of their batch has fewer"
 
 
@@ -171,7 +165,7 @@ def contrast(config: ContrastConfig) -> None:
         config, accelerator, {"objective": objective}, optimizers, checkpoint,
         lambda step: zlib.crc32(repr(schedule[max(0, step - 100) : step]).encode()),
     )  # fmt: skip
-    loader = load(batches, range(run.step, config.steps), config.workers)
+    loader = load_batches(batches, range(run.step, config.steps), config.workers)
     trained.train()
     for step in run.steps("stage 2"):
         began = time.monotonic()

@@ -182,7 +182,7 @@ class Hit:
     text: str
 
 
-def check_output(path: Path, kind: str) -> None:
+def check_new_output(path: Path, kind: str) -> None:
     """Refuse an output that exists or cannot be made, before any work is put into it.
 
     Args:
@@ -213,7 +213,7 @@ def build_index(config: EmbedConfig) -> int:
         ConfigError: the folder exists or cannot be made, or the source holds no documents.
     """
     output = Path(config.output)
-    check_output(output, "folder")
+    check_new_output(output, "folder")
     documents = list(load_documents(config.source, on_error=config.on_error))
     if not documents:
         raise ConfigError(f"source: {config.source} holds no documents")

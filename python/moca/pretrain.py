@@ -35,14 +35,7 @@ from moca.data.records import Document
 from moca.data.sources import load_documents
 from moca.model import MocaModel
 from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.run import (
-    Run,
-    check_output,
-    load,
-    make_accelerator,
-    peak_memory,
-    seeded,
-)
+from moca.run import Run, check_output, load_batches, make_accelerator, peak_memory, seeded
 
 IGNORE = -100
 DECODER = "mae_decoder.safetensors"
@@ -198,7 +191,8 @@ class CptBatches(Dataset):
             epoch += 1
 
     def identity(self, steps: int) -> int:
-        """The same for the same batches: of the last hundred before that step."""
+        """A hash of which pieces the last hundred batches before that step hold; it knows the
+        costs of pieces and their order, not what they say."""
         end = steps * self.config.accumulation * self.ranks
         latest = [self._indices(number) for number in range(max(0, end - 100), end)]
         return zlib.crc32(repr((self.ranks, self.config.accumulation, latest)).encode())
@@ -248,7 +242,7 @@ def pretrain(config: CptConfig) -> None:
         config, accelerator, {"objective": objective}, optimizers, checkpoint, batches.identity
     )
     numbers = range(run.step * config.accumulation, config.steps * config.accumulation)
-    loader = load(batches, numbers, config.workers)
+    loader = load_batches(batches, numbers, config.workers)
     trained.train()
     for step in run.steps("stage 1"):
         began = time.monotonic()

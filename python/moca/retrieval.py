@@ -10,7 +10,7 @@ from moca.checkpoint import write_file
 from moca.config import ConfigError, EvalConfig
 from moca.data.records import Document
 from moca.data.sources import load_pairs
-from moca.embed import Embedder, check_output
+from moca.embed import Embedder, check_new_output
 from moca.evaluate import Pool, candidate_precision, chance
 from moca.suites import load_beir, load_mmeb
 
@@ -26,7 +26,7 @@ def evaluate_model(config: EvalConfig) -> Scores:
         OSError: the scores could not be written; they have been printed then.
     """
     if config.output:
-        check_output(Path(config.output), "file")
+        check_new_output(Path(config.output), "file")
     pools = {}
     for task, source in config.pairs.items():
         pairs = list(load_pairs(source, task=task, on_error=config.on_error))

@@ -84,7 +84,7 @@ def check_output(config: RunConfig) -> Path | None:
     return checkpoint
 
 
-def load(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:
+def load_batches(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:
     """The batches of these numbers, prepared by so many processes (0: by this one)."""
     return iter(
         DataLoader(
@@ -107,8 +107,9 @@ class Run:
         accelerator: only its main process writes.
         modules, optimizers: what a checkpoint holds.
         checkpoint: of an earlier start of the same run, or None.
-        batches: of a number of steps, what tells their batches from those of other data; anything
-            that JSON holds.
+        batches: of a number of steps, what tells their batches from those of another seed, number
+            of records, size or number of processes; anything that JSON holds. Other records in the
+            same number and order are not noticed.
 
     Raises:
         ConfigError: the checkpoint is past `steps`, or its steps were made of other batches.
@@ -127,7 +128,8 @@ class Run:
         self.modules, self.optimizers, self.batches = modules, optimizers, batches
         self.folder = Path(config.output)
         self.step, self.seconds = 0, 0.0
-        self.counts: Counter[str] = Counter()  # of this rank; of all ranks' earlier starts in one
+        # What this rank counted; the main one also holds what all counted before a checkpoint.
+        self.counts: Counter[str] = Counter()
         self._values: dict[str, list[float]] = {}
         self._shown: dict[str, str] = {}
         if checkpoint is not None:

@@ -26,7 +26,7 @@ from moca.embed import Embedder
 from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
-from moca.run import Diverged, Interrupted, Run, read_log, seeded
+from moca.run import Diverged, Interrupted, Run, load_batches, read_log, seeded
 from safetensors.torch import load_file
 
 
@@ -297,6 +297,17 @@ def command(stage: str, config: dict, folder: Path) -> list[str]:
     path = folder / f"{stage}.yaml"
     path.write_text(json.dumps(config))
     return [sys.executable, "-m", "moca", stage, str(path)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_that_prepare_batches_outlive_a_signal(number):
+    numbers = torch.utils.data.TensorDataset(torch.arange(40))
+    loader = load_batches(numbers, range(40), workers=2)
+    found = [next(loader), next(loader)]  # one of each, so both have begun
+    for worker in loader._workers:
+        os.kill(worker.pid, number)
+    found += loader
+    assert [int(value) for (value,) in found] == list(range(40))
 
 
 def test_a_signal_to_all_processes_is_the_runs_to_answer(data, tmp_path):
