@@ -75,7 +75,7 @@ class System(Work):
         """Documents in random order, up to the cost of a batch."""
         config, encoded, room = self.config(), [], self.amount
         for document in map(self.encoder, documents(self.amount, DOCUMENTS, seed=0)):
-            room -= document_cost(document, IMAGES.merge_size)
+            room -= document_cost(len(document), len(document.patches) // IMAGES.merge_size**2)
             if room < 0:
                 break
             encoded.append(document)

@@ -30,7 +30,7 @@ from moca.data.batching import TaskBatches, pair_keys
 from moca.data.encode import Encoded, Encoder
 from moca.data.packing import PackedBatch, pack
 from moca.data.records import Document, Pair
-from moca.data.sources import load_pairs
+from moca.data.sources import Check, check_images, load_pairs
 from moca.model import MocaModel
 from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
 from moca.run import Run, check_output, load_batches, make_accelerator, peak_memory
@@ -154,11 +154,11 @@ def contrast(config: ContrastConfig) -> None:
         model.vlm.gradient_checkpointing_enable()
     objective = ContrastObjective(model, config).to(accelerator.device)
     optimizers = build_optimizers(objective, config)
-    tasks = load_tasks(config.pairs, config.on_error)
+    encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
+    tasks = load_tasks(config.pairs, config.on_error, encoder.check)
     schedule = make_schedule(tasks, config, accelerator.process_index, accelerator.num_processes)
     if config.cache_images:
         tasks = {name: _preloaded(pairs, model) for name, pairs in tasks.items()}
-    encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
     batches = PairBatches(tasks, schedule, encoder, config)
     trained, *optimizers = accelerator.prepare(objective, *optimizers)
     run = Run(
@@ -199,11 +199,13 @@ def contrast(config: ContrastConfig) -> None:
     accelerator.wait_for_everyone()
 
 
-def load_tasks(sources: dict[str, str], on_error: OnError) -> dict[str, list[Pair]]:
-    """Pairs by task; an empty source is an error."""
+def load_tasks(
+    sources: dict[str, str], on_error: OnError, check: Check = check_images
+) -> dict[str, list[Pair]]:
+    """Pairs by task; an empty source is an error. See `Records` for `on_error` and `check`."""
     tasks = {}
     for name, source in sources.items():
-        tasks[name] = list(load_pairs(source, task=name, on_error=on_error))
+        tasks[name] = list(load_pairs(source, task=name, on_error=on_error, check=check))
         if not tasks[name]:
             raise ConfigError(f"pairs.{name}: {source} holds no pairs")
     return tasks

@@ -145,6 +145,10 @@ class Embedder:
                     bar.update(len(rows))
         return result
 
+    def check(self, document: Document) -> None:
+        """Raise the ValueError that encoding a document would raise, but for the model's part."""
+        self.encoder.check(document)
+
     def _document(self, item: Any, prompt: str, number: int) -> Document:
         document = Document.of(item, f"item {number}")
         if document.empty:
@@ -214,15 +218,15 @@ def build_index(config: EmbedConfig) -> int:
     """
     output = Path(config.output)
     check_new_output(output, "folder")
-    documents = list(load_documents(config.source, on_error=config.on_error))
-    if not documents:
-        raise ConfigError(f"source: {config.source} holds no documents")
     embedder = Embedder.from_pretrained(
         config.model,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         precision=config.precision,
     )
+    documents = list(load_documents(config.source, on_error=config.on_error, check=embedder.check))
+    if not documents:
+        raise ConfigError(f"source: {config.source} holds no documents")
     weights = weights_digest(config.model)
     embeddings = embedder.encode(documents, progress=True)
     dimension = embeddings.shape[1]

@@ -155,27 +155,21 @@ class CptBatches(Dataset):
         rank: int,
         ranks: int,
     ) -> None:
-        self.documents, self.encoder, self.config = documents, encoder, config
-        self.rank, self.ranks = rank, ranks
+        self.encoder, self.config, self.rank, self.ranks = encoder, config, rank, ranks
         self.special_ids = torch.tensor(sorted(model.tokenizer.all_special_ids))
         self.mask_token_id = model.mask_token_id
         self.merge_size = model.image_settings.merge_size
         self.changes = ImageChanges(config.flip, config.rotate, config.shift, config.zoom)
-        self.pieces, self.costs = self._measure()
+        # All of them, text as tokens: `max_length` at most each.
+        self.pieces = [
+            piece
+            for document in tqdm(documents, "measuring documents", unit="doc", disable=rank > 0)
+            for piece in encoder.split(document, config.max_length)
+        ]
         if not self.pieces:
             raise ConfigError("documents: the sources hold no documents")
+        self.costs = [document_cost(len(piece), piece.image_tokens) for piece in self.pieces]
         self._epochs: list[list[list[int]]] = []
-
-    def _measure(self) -> tuple[list[tuple[int, int]], list[int]]:
-        """(document, part) and cost of every part of at most `max_length` tokens."""
-        pieces, costs = [], []
-        for number, document in enumerate(
-            tqdm(self.documents, "measuring documents", unit="doc", disable=self.rank > 0)
-        ):
-            for part, encoded in enumerate(self.encoder.split(document, self.config.max_length)):
-                pieces.append((number, part))
-                costs.append(document_cost(encoded, self.merge_size))
-        return pieces, costs
 
     def _indices(self, number: int) -> list[int]:
         """The pieces of the `number`-th batch of the run, over all epochs and ranks."""
@@ -201,11 +195,10 @@ class CptBatches(Dataset):
         number = number * self.ranks + self.rank
         config = self.config
         rng = np.random.default_rng([config.seed, number])
-        encoded = []
-        for index in self._indices(number):
-            document, part = self.pieces[index]
-            changed = augment_images(self.documents[document], rng, self.changes)
-            encoded.append(self.encoder.split(changed, config.max_length)[part])
+        pieces = (self.pieces[index] for index in self._indices(number))
+        encoded = [
+            self.encoder.encode(augment_images(piece, rng, self.changes)) for piece in pieces
+        ]
         return mask_batch(
             pack(encoded, self.merge_size, self.encoder.image_token_id),
             special_ids=self.special_ids,
@@ -232,9 +225,9 @@ def pretrain(config: CptConfig) -> None:
         model.vlm.gradient_checkpointing_enable()
     objective = PretrainObjective(model, config.normalize_patches).to(accelerator.device)
     optimizers = build_optimizers(objective, config)
-    documents = _documents(config, model)
+    encoder = Encoder(model.tokenizer, model.image_settings)
     batches = CptBatches(
-        documents, Encoder(model.tokenizer, model.image_settings), model, config,
+        _documents(config, model, encoder), encoder, model, config,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
     trained, *optimizers = accelerator.prepare(objective, *optimizers)
@@ -296,10 +289,13 @@ def load_objective(output: str | Path) -> PretrainObjective:
     return objective.eval()
 
 
-def _documents(config: CptConfig, model: MocaModel) -> list[Document]:
+def _documents(config: CptConfig, model: MocaModel, encoder: Encoder) -> list[Document]:
+    def check(document: Document) -> None:
+        encoder.split(document, config.max_length)
+
     documents: list[Document] = []
     for source in config.documents:
-        documents += load_documents(source, on_error=config.on_error)
+        documents += load_documents(source, on_error=config.on_error, check=check)
     if config.cache_images:
         documents = [preload_images(document, model.image_settings) for document in documents]
     return documents

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moca.checkpoint import write_file
 from moca.config import ConfigError, EvalConfig
@@ -27,25 +28,26 @@ def evaluate_model(config: EvalConfig) -> Scores:
     """
     if config.output:
         check_new_output(Path(config.output), "file")
-    pools = {}
-    for task, source in config.pairs.items():
-        pairs = list(load_pairs(source, task=task, on_error=config.on_error))
-        if not pairs:
-            raise ConfigError(f"pairs.{task}: {source} holds no pairs")
-        pools[task] = Pool.of_pairs(pairs)
-    for task, folder in config.beir.items():
-        pools[task] = load_beir(folder, on_error=config.on_error)
-    choices = {}
-    for task, file in config.mmeb.items():
-        choices[task] = load_mmeb(file, on_error=config.on_error)
-        if not choices[task]:
-            raise ConfigError(f"mmeb.{task}: {file} holds no rows")
     embedder = Embedder.from_pretrained(
         config.model,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         precision=config.precision,
     )
+    options: dict[str, Any] = {"on_error": config.on_error, "check": embedder.check}
+    pools = {}
+    for task, source in config.pairs.items():
+        pairs = list(load_pairs(source, task=task, **options))
+        if not pairs:
+            raise ConfigError(f"pairs.{task}: {source} holds no pairs")
+        pools[task] = Pool.of_pairs(pairs)
+    for task, folder in config.beir.items():
+        pools[task] = load_beir(folder, **options)
+    choices = {}
+    for task, file in config.mmeb.items():
+        choices[task] = load_mmeb(file, **options)
+        if not choices[task]:
+            raise ConfigError(f"mmeb.{task}: {file} holds no rows")
 
     def embed(documents: list[Document]):
         return embedder.encode(documents, progress=True)

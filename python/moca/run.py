@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from moca.checkpoint import (
+    CheckpointError,
     is_leftover,
     latest_checkpoint,
     load_checkpoint,
@@ -112,7 +113,8 @@ class Run:
             same number and order are not noticed.
 
     Raises:
-        ConfigError: the checkpoint is past `steps`, or its steps were made of other batches.
+        CheckpointError: the checkpoint is damaged, of other modules or of an earlier version.
+        ConfigError: it is past `steps`, or its steps were made of other batches.
     """
 
     def __init__(
@@ -145,6 +147,11 @@ class Run:
 
     def _load(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint, modules=self.modules, optimizers=self.optimizers)
+        if missing := {"step", "seconds", "values", "counts", "batches"} - state.keys():
+            raise CheckpointError(
+                f"{checkpoint}: state.json lacks {sorted(missing)}; it is of an earlier version, "
+                "which this one cannot go on from: begin again in another folder"
+            )
         self.step, self.seconds, self._values = state["step"], state["seconds"], state["values"]
         if self.config.steps < self.step:
             raise ConfigError(

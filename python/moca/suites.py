@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from moca.data.images import ImageSettings, decode, target_size
 from moca.data.records import IMAGE_MARKER, Document, Pair, document_from_record, pair_from_record
-from moca.data.sources import OnError, parquet_rows
+from moca.data.sources import Check, OnError, check_images, parquet_rows
 from moca.evaluate import Pool
 
 logger = logging.getLogger(__name__)
@@ -30,6 +29,7 @@ def load_mmeb(
     path: str | os.PathLike,
     image_root: str | os.PathLike | None = None,
     on_error: OnError = "raise",
+    check: Check = check_images,
 ) -> list[Pair]:
     """Read MMEB rows: ``qry_text``, ``qry_img_path``, ``tgt_text`` (list), ``tgt_img_path`` (list).
 
@@ -40,7 +40,9 @@ def load_mmeb(
         path: a ``.jsonl`` or ``.parquet`` file.
         image_root: folder of relative image paths; default the folder of the file.
         on_error: "raise" stops at the first bad row; "skip" leaves it out, counts it and logs a
-            summary. To skip, every image is decoded once here, so that none can fail later.
+            summary.
+        check: to skip, is called with every document here, so that none can fail later; raises
+            ValueError for a bad one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -64,14 +66,20 @@ def load_mmeb(
         }
         pair = pair_from_record(record, root=root, task=file.stem, name=name)
         if on_error == "skip":
-            _check_images(pair.query, pair.positive, *pair.negatives)
+            for document in (pair.query, pair.positive, *pair.negatives):
+                check(document)
         pairs.append(pair)
 
     _read(str(file), _rows(file), add, on_error)
     return pairs
 
 
-def load_beir(folder: str | os.PathLike, split: str = "test", on_error: OnError = "raise") -> Pool:
+def load_beir(
+    folder: str | os.PathLike,
+    split: str = "test",
+    on_error: OnError = "raise",
+    check: Check = check_images,
+) -> Pool:
     """Read a folder of ``corpus``, ``queries`` and ``qrels``, each a file or a folder of files.
 
     Corpus rows have ``_id`` or ``corpus-id`` and ``title``, ``text`` and/or ``image``; queries
@@ -81,7 +89,7 @@ def load_beir(folder: str | os.PathLike, split: str = "test", on_error: OnError 
     Args:
         folder: the folder; files are ``.jsonl``, ``.parquet`` or (qrels) ``.tsv``.
         split: where a part has files of several splits, the one whose name starts with this.
-        on_error: as in `load_mmeb`; judgements of what was skipped are bad rows too.
+        on_error, check: as in `load_mmeb`; judgements of what was skipped are bad rows too.
 
     Returns:
         The pool of all documents, to be scored by `Pool.evaluate` (nDCG@5 is customary for ViDoRe).
@@ -92,8 +100,8 @@ def load_beir(folder: str | os.PathLike, split: str = "test", on_error: OnError 
             names file and row.
     """
     root = Path(folder)
-    corpus = _documents(root, "corpus", split, _corpus_document, on_error)
-    queries = _documents(root, "queries", split, _query_document, on_error)
+    corpus = _documents(root, "corpus", split, _corpus_document, on_error, check)
+    queries = _documents(root, "queries", split, _query_document, on_error, check)
     numbers = {key: i for i, key in enumerate(corpus)}
     judged: dict[str, dict[int, float]] = {}
 
@@ -139,13 +147,6 @@ def _read(
         logger.warning("%s: skipped %d of %d rows, most often: %s", source, count, total, reason)
 
 
-def _check_images(*documents: Document) -> None:
-    for document in documents:
-        for image in document.images:
-            opened = decode(image, document.name)
-            target_size(opened.height, opened.width, ImageSettings(), document.name)
-
-
 def _score(value: Any, name: str) -> float:
     try:
         score = float(value)
@@ -172,7 +173,12 @@ def _targets(row: dict[str, Any], name: str) -> tuple[list, list]:
 
 
 def _documents(
-    root: Path, part: str, split: str, make: Callable[..., Document], on_error: OnError
+    root: Path,
+    part: str,
+    split: str,
+    make: Callable[..., Document],
+    on_error: OnError,
+    check: Check,
 ) -> dict[str, Document]:
     found: dict[str, Document] = {}
 
@@ -182,7 +188,7 @@ def _documents(
             raise ValueError(f"{name}: id {key!r} occurs twice")
         document = make(row, root, name)
         if on_error == "skip":
-            _check_images(document)
+            check(document)
         found[key] = document
 
     _read(f"{root}: {part}", _part(root, part, split), add, on_error)

@@ -89,7 +89,10 @@ def test_an_image_alone_that_does_not_fit_is_an_error(tokenizer, settings, pictu
 @pytest.mark.parametrize("budget", [12, 13, 17, 20, 33, 64, 500])
 def test_split_keeps_everything_and_cuts_between_words(encoder, picture, tokenizer, budget):
     document = mixed(picture, text=WORDS * 3)
-    whole, parts = encoder(document), encoder.split(document, budget)
+    whole, pieces = encoder(document), encoder.split(document, budget)
+    parts = [encoder.encode(piece) for piece in pieces]
+    assert [len(part) for part in parts] == [len(piece) for piece in pieces]
+    assert [len(part.patches) for part in parts] == [4 * piece.image_tokens for piece in pieces]
     assert all(0 < len(part) <= budget for part in parts)
     ids = np.concatenate([part.input_ids for part in parts])
     np.testing.assert_array_equal(ids, whole.input_ids)
@@ -103,7 +106,8 @@ def test_split_keeps_everything_and_cuts_between_words(encoder, picture, tokeniz
 
 
 def test_split_cuts_a_word_only_when_it_must(encoder):
-    parts = encoder.split(Document("the " + "x" * 30 + " dog"), 8)
+    pieces = encoder.split(Document("the " + "x" * 30 + " dog"), 8)
+    parts = [encoder.encode(piece) for piece in pieces]
     assert all(len(part) <= 8 for part in parts)
     assert encoder.tokenizer.decode(parts[0].input_ids) == "the"
 
@@ -115,6 +119,39 @@ def test_split_refuses_an_image_above_the_budget(encoder, picture):
     assert len(encoder.split(document, 27)) == 2
     with pytest.raises(ValueError, match="positive"):
         encoder.split(document, 0)
+
+
+def test_a_piece_reads_its_own_images_only(encoder, picture, tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.write_bytes(picture(40, 16, number))
+    document = Document(f"{WORDS}{IMAGE_MARKER}" * 3, tuple(paths), "row 4")
+    pieces = encoder.split(document, 22)
+    assert [len(piece.images) for piece in pieces] == [1, 1, 1]
+    paths[1].unlink()
+    assert len(encoder.encode(pieces[0])) == len(encoder.encode(pieces[2])) == len(pieces[0])
+    with pytest.raises(ValueError, match="row 4: image 1: image file not found"):
+        encoder.encode(pieces[1])
+
+
+@pytest.mark.parametrize("length", [1, 5, 11, 12, 60])
+def test_check_finds_what_encoding_would(tokenizer, settings, picture, length):
+    encoder = Encoder(tokenizer, settings, length)
+    documents = [
+        mixed(picture),
+        Document(IMAGE_MARKER, (picture(40, 16),), "row 1"),
+        Document(IMAGE_MARKER, (picture()[:-200],), "row 2"),
+        Document(" ", (), "row 3"),
+    ]
+    for document in documents:
+        raised = []
+        for function in (encoder.check, encoder):
+            try:
+                function(document)
+            except ValueError as error:
+                raised.append(str(error))
+        assert len(set(raised)) in (0, 1) and len(raised) in (0, 2)
+    assert encoder.counts["documents truncated"] == (length < 60)  # of encoding, none of checking
 
 
 @pytest.mark.parametrize("text", ["", " \n\t"])

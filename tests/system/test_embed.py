@@ -18,6 +18,7 @@ import tiny
 import torch
 from moca import Document, Embedder
 from moca.config import ConfigError, EmbedConfig
+from moca.data.records import IMAGE_MARKER
 from moca.embed import EMBEDDINGS, INDEX, build_index, search
 
 
@@ -142,6 +143,18 @@ def built(tmp_path_factory) -> Path:
 def index(built, tmp_path) -> Path:
     """The index, to be changed."""
     return Path(shutil.copytree(built / "index", tmp_path / "index"))
+
+
+def test_an_image_that_can_never_fit_is_a_bad_record(built, tmp_path, caplog):
+    source = tmp_path / "records.jsonl"
+    records = [{"text": IMAGE_MARKER, "images": ["large.png"]}, {"text": "a black square"}]
+    source.write_text("\n".join(map(json.dumps, records)))
+    picture().save(tmp_path / "large.png")
+    options = {"model": str(built / "model"), "source": str(source), "max_length": 5}
+    assert build_index(EmbedConfig(**options, output=str(tmp_path / "1"), on_error="skip")) == 1
+    assert "skipped 1 of 2 records, most often: an image of 6 tokens" in caplog.text
+    with pytest.raises(ValueError, match="line 1: an image of 6 tokens does not fit"):
+        build_index(EmbedConfig(**options, output=str(tmp_path / "2")))
 
 
 def test_names_that_are_no_utf8_are_kept_readable(built):

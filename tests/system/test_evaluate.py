@@ -209,6 +209,9 @@ def no_model(monkeypatch):
     class Letters:
         counts: ClassVar[dict[str, int]] = {}
 
+        def check(self, document):
+            pass
+
         def encode(self, documents, progress):
             return letter_embedding(documents)
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import moca.checkpoint
 import numpy as np
+import PIL.Image
 import pytest
 import tiny
 import torch
@@ -21,12 +23,20 @@ from moca.config import ConfigError, ContrastConfig, CptConfig, from_dict
 from moca.contrast import FEWER, PairBatches, contrast, load_tasks
 from moca.data.encode import Encoder
 from moca.data.packing import pack
-from moca.data.records import Document, Pair
+from moca.data.records import IMAGE_MARKER, Document, Pair
 from moca.embed import Embedder
 from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
-from moca.run import Diverged, Interrupted, Run, load_batches, read_log, seeded
+from moca.run import (
+    Diverged,
+    Interrupted,
+    Run,
+    leave_process_group,
+    load_batches,
+    read_log,
+    seeded,
+)
 from safetensors.torch import load_file
 
 
@@ -151,6 +161,45 @@ def test_damaged_checkpoint_is_named(data, tmp_path):
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=r"objective\.safetensors: expected \d+ bytes"):
         pretrain(cpt_config(data, tmp_path / "run", steps=4, resume=True))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named(data, tmp_path):
+    contrast(contrast_config(data, tmp_path / "run", steps=2))
+    newest = checkpoints(tmp_path / "run")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    state.pop("values"), state.pop("batches")
+    (newest / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["state.json"] = moca.checkpoint._digest(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    message = r"00000002: state\.json lacks \['batches', 'values'\]; .* earlier version"
+    with pytest.raises(CheckpointError, match=message):
+        contrast(contrast_config(data, tmp_path / "run", steps=4, resume=True))
+
+
+@pytest.mark.parametrize("stage", ["cpt", "contrast"])
+def test_images_that_can_never_fit_are_bad_records(data, tmp_path, stage, caplog):
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "large.png")
+    large = {"text": IMAGE_MARKER, "images": ["large.png"]}
+    if stage == "contrast":
+        large = {"qry": IMAGE_MARKER, "qry_image_path": "large.png", "pos_text": "a black square"}
+    lines = [json.dumps(large)]
+    for number in range(8):
+        text = {"text": f"number {number}"}
+        pair = {"qry": f"number {number}", "pos_text": f"the number {number}"}
+        lines.append(json.dumps(text if stage == "cpt" else pair))
+    source = tmp_path / "records.jsonl"
+    source.write_text("\n".join(lines))
+    train = {"cpt": pretrain, "contrast": contrast}[stage]
+    values = {"steps": 2, "max_length": 5}
+    if stage == "cpt":
+        config = partial(cpt_config, data, documents=[str(source)], **values)
+    else:
+        config = partial(contrast_config, data, pairs={"n": str(source)}, task_weights={}, **values)
+    train(config(tmp_path / "skip", on_error="skip"))
+    assert "skipped 1 of 9 records" in caplog.text and "an image of 6 tokens" in caplog.text
+    with pytest.raises(ValueError, match="line 1: .*an image of 6 tokens does not fit"):
+        train(config(tmp_path / "raise"))
 
 
 def test_resumed_before_the_first_checkpoint(data, tmp_path, monkeypatch):
@@ -350,6 +399,15 @@ def test_stopped_by_a_signal_then_resumed(data, tmp_path, number):
     resumed = contrast_config(data, tmp_path / "run", steps=step + 2, save_every=5, resume=True)
     contrast(resumed)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_process_leaves_its_group_once():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    leave_process_group()
+    assert not torch.distributed.is_initialized()
+    leave_process_group()
 
 
 @pytest.mark.parametrize("stage", ["cpt", "contrast"])

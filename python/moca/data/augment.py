@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import PIL.Image
 
-from moca.data.encode import Encoded
+from moca.data.encode import Encoded, Piece
 from moca.data.images import ImageSettings, decode, resize
 from moca.data.records import Document
+
+Illustrated = TypeVar("Illustrated", Document, Piece)
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,15 @@ class ImageChanges:
         return any(vars(self).values())
 
 
-def augment_images(document: Document, rng: np.random.Generator, changes: ImageChanges) -> Document:
+def augment_images(
+    document: Illustrated, rng: np.random.Generator, changes: ImageChanges
+) -> Illustrated:
     """Change every image at random; what comes into view is white."""
     if not document.images or not changes.any():
         return document
-    name = document.name or "document"
     images = [
-        _augment(decode(image, f"{name}: image {number}"), rng, changes)
-        for number, image in enumerate(document.images)
+        _augment(decode(image, name), rng, changes)
+        for image, name in zip(document.images, document.image_names, strict=True)
     ]
     return replace(document, images=tuple(images))
 

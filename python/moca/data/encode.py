@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,28 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document: runs[0], images[0], runs[1], images[1], ..., runs[I].
+
+    Args:
+        runs: I + 1 arrays of token ids, int32; any may be empty.
+        images: as the document holds them, not decoded.
+        image_names: of each image, for error messages.
+        image_tokens: ``<|image_pad|>`` tokens that all its images take.
+        name: of the document.
+    """
+
+    runs: tuple[np.ndarray, ...]
+    images: tuple[ImageLike, ...]
+    image_names: tuple[str, ...]
+    image_tokens: int
+    name: str
+
+    def __len__(self) -> int:
+        return sum(map(len, self.runs)) + 2 * len(self.images) + self.image_tokens
 
 
 class Encoder:
@@ -83,60 +105,79 @@ class Encoder:
                 max_length; names the record.
         """
         if not truncate or self.max_length is None:
-            parts = [self._part(segment) for segment in self._segments(document)]
+            segments = list(self._segments(document))
         else:
-            parts = self._truncated(document, self.max_length)
-        return self._join(parts, document)
+            segments, dropped, cut = self._fitting(document, self.max_length)
+            self.counts += Counter({"images dropped": dropped, "documents truncated": cut})
+        return self._join([self._part(segment) for segment in segments], document.name)
 
-    def split(self, document: Document, budget: int) -> list[Encoded]:
-        """Encode a document as one or more, each of at most ``budget`` tokens.
+    def check(self, document: Document) -> None:
+        """Raise the ValueError that encoding the document would raise; nothing is counted."""
+        if self.max_length is None:
+            for _ in self._segments(document):
+                pass
+        else:
+            self._fitting(document, self.max_length)
+
+    def split(self, document: Document, budget: int) -> list[Piece]:
+        """Cut a document into one or more pieces of at most ``budget`` tokens each.
 
         Cuts stand between words, or next to an image; only a single word longer than the budget is
-        cut inside. Put together again, the parts are the whole document.
+        cut inside. Put together again, the pieces are the whole document. Its images are decoded
+        here for their sizes.
 
         Raises:
             ValueError: an empty document, an unreadable image, or an image larger than the budget.
         """
         if budget < 1:
             raise ValueError(f"budget must be positive, got {budget}")
-        done: list[list[_Part]] = []
-        parts: list[_Part] = []
+        pieces: list[Piece] = []
+        segments: list[_Text | _Image] = []
         room = budget
 
         def flush() -> None:
-            nonlocal parts, room
-            done.append(parts)
-            parts, room = [], budget
+            nonlocal segments, room
+            pieces.append(_piece(segments, document.name))
+            segments, room = [], budget
 
         for segment in self._segments(document):
             if isinstance(segment, _Image):
-                part = self._part(segment)
-                if len(part.ids) > budget:
+                if len(segment) > budget:
                     raise ValueError(
-                        f"{document.name or 'document'}: an image of {len(part.ids)} tokens does "
+                        f"{document.name or 'document'}: an image of {len(segment)} tokens does "
                         f"not fit into the budget of {budget} tokens"
                     )
-                if len(part.ids) > room:
+                if len(segment) > room:
                     flush()
-                parts.append(part)
-                room -= len(part.ids)
+                segments.append(replace(segment, image=segment.source))  # the pixels can go
+                room -= len(segment)
                 continue
             rest = segment
-            while len(rest.ids) > room:
+            while len(rest) > room:
                 cut = rest.last_cut(room)
-                if cut == 0 and parts:
+                if cut == 0 and segments:
                     flush()
                     continue
-                cut = cut or room
-                parts.append(_Part(rest.ids[:cut]))
-                rest = _Text(rest.ids[cut:], rest.starts[cut:])
+                head, rest = rest.cut(cut or room)
+                segments.append(head)
                 flush()
-            if len(rest.ids):
-                parts.append(_Part(rest.ids))
-                room -= len(rest.ids)
-        if parts:
-            done.append(parts)
-        return [self._join(parts, document) for parts in done]
+            if len(rest):
+                segments.append(rest)
+                room -= len(rest)
+        if segments:
+            flush()
+        return pieces
+
+    def encode(self, piece: Piece) -> Encoded:
+        """Encode what `split` gave.
+
+        Raises:
+            ValueError: an unreadable image; names the record.
+        """
+        parts = [_Part(piece.runs[0])]
+        for image, name, run in zip(piece.images, piece.image_names, piece.runs[1:], strict=True):
+            parts += [self._part(self._open(image, name)), _Part(run)]
+        return self._join(parts, piece.name)
 
     def _special(self, token: str) -> int:
         index = self.tokenizer.convert_tokens_to_ids(token)
@@ -166,7 +207,7 @@ class Encoder:
         for i, pad in enumerate(pads):
             if pad - 1 > begin:
                 yield _Text(ids[begin : pad - 1], starts[begin : pad - 1])
-            yield self._open(document.images[i], f"{where}: image {i}")
+            yield self._open(document.images[i], document.image_names[i])
             begin = int(pad) + 2
         if begin < len(ids):
             yield _Text(ids[begin:], starts[begin:])
@@ -190,83 +231,111 @@ class Encoder:
         opened = decode(image, name)
         height, width = target_size(opened.height, opened.width, self.settings, name)
         tokens = height * width // self.settings.factor**2
-        return _Image(opened, tokens + 2, name)
+        return _Image(image, opened, tokens, name)
 
     def _part(self, segment: _Text | _Image) -> _Part:
         if isinstance(segment, _Text):
             return _Part(segment.ids)
         resized = resize(segment.image, self.settings, segment.name)
         patches, grid = patchify(np.asarray(resized), self.settings)
-        ids = np.full(segment.length, self.image_token_id, np.int64)
+        ids = np.full(len(segment), self.image_token_id, np.int64)
         ids[0], ids[-1] = self.vision_start_id, self.vision_end_id
         return _Part(ids, patches, grid)
 
-    def _truncated(self, document: Document, room: int) -> list[_Part]:
-        parts: list[_Part] = []
-        cut, too_large = False, 0
+    def _fitting(self, document: Document, room: int) -> tuple[list[_Text | _Image], int, bool]:
+        """What of a document fits, how many images do not, and whether anything does not."""
+        segments: list[_Text | _Image] = []
+        cut, too_large = False, []
         for segment in self._segments(document):
             if isinstance(segment, _Image):
-                if segment.length > room:
-                    self.counts["images dropped"] += 1
-                    cut, too_large = True, max(too_large, segment.length)
+                if len(segment) > room:
+                    cut = True
+                    too_large.append(len(segment))
                     continue
-            elif len(segment.ids) > room:
+            elif len(segment) > room:
                 cut = True
-                segment = _Text(segment.ids[:room], segment.starts[:room])
+                segment, _ = segment.cut(room)
                 if not room:
                     continue
-            parts.append(self._part(segment))
-            room -= len(parts[-1].ids)
-        if cut:
-            self.counts["documents truncated"] += 1
-        if not parts:
+            segments.append(segment)
+            room -= len(segment)
+        if not segments:
             raise ValueError(
-                f"{document.name or 'document'}: an image of {too_large} tokens does not fit into "
-                f"max_length {self.max_length}, and there is no text beside it"
+                f"{document.name or 'document'}: an image of {max(too_large)} tokens does not fit "
+                f"into max_length {self.max_length}, and there is no text beside it"
             )
-        return parts
+        return segments, len(too_large), cut
 
-    def _join(self, parts: list[_Part], document: Document) -> Encoded:
+    def _join(self, parts: list[_Part], name: str) -> Encoded:
         if not sum(len(part.ids) for part in parts):
-            raise ValueError(f"{document.name or 'document'}: the document has no tokens")
+            raise ValueError(f"{name or 'document'}: the document has no tokens")
         patches = [part.patches for part in parts if part.patches is not None]
         grids = [part.grid for part in parts if part.grid is not None]
         return Encoded(
-            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.ids for part in parts], dtype=np.int64),
             np.concatenate(patches)
             if patches
             else np.zeros((0, self.settings.patch_dim), np.float32),
             np.asarray(grids, np.int64).reshape(-1, 3),
-            document.name,
+            name,
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Text:
     """A run of text: token ids, and at which of them a word starts."""
 
     ids: np.ndarray
     starts: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def last_cut(self, room: int) -> int:
         """The last place up to ``room`` where a word starts; 0 when there is no other."""
         places = np.flatnonzero(self.starts[: room + 1])
         return int(places[-1]) if len(places) else 0
 
+    def cut(self, at: int) -> tuple[_Text, _Text]:
+        """Its first ``at`` tokens, and the rest."""
+        return _Text(self.ids[:at], self.starts[:at]), _Text(self.ids[at:], self.starts[at:])
 
-@dataclass
+
+@dataclass(frozen=True)
 class _Image:
-    """A decoded image and the tokens it takes, its two brackets included."""
+    """An image as the document holds it, decoded, and how many ``<|image_pad|>`` it takes."""
 
+    source: ImageLike
     image: Any
-    length: int
+    tokens: int
     name: str
 
+    def __len__(self) -> int:
+        return self.tokens + 2  # its brackets
 
-@dataclass
+
+@dataclass(frozen=True)
 class _Part:
     """Tokens, and the patches behind them when they are an image."""
 
     ids: np.ndarray
     patches: np.ndarray | None = None
     grid: tuple[int, int, int] | None = None
+
+
+def _piece(segments: list[_Text | _Image], name: str) -> Piece:
+    runs: list[list[np.ndarray]] = [[]]
+    images = []
+    for segment in segments:
+        if isinstance(segment, _Image):
+            images.append(segment)
+            runs.append([])
+        else:
+            runs[-1].append(segment.ids)
+    return Piece(
+        tuple(np.concatenate([*run, np.zeros(0, np.int32)], dtype=np.int32) for run in runs),
+        tuple(image.source for image in images),
+        tuple(image.name for image in images),
+        sum(image.tokens for image in images),
+        name,
+    )

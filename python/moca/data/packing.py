@@ -143,10 +143,10 @@ def pack(encoded: Sequence[Encoded], merge_size: int, image_token_id: int) -> Pa
     )
 
 
-def document_cost(encoded: Encoded, merge_size: int) -> int:
-    """The cost of a document in text tokens: one each, and `IMAGE_TOKEN_COST` an image token."""
-    image_tokens = len(encoded.patches) // merge_size**2
-    return len(encoded) + (IMAGE_TOKEN_COST - 1) * image_tokens
+def document_cost(tokens: int, image_tokens: int) -> int:
+    """The cost in text tokens of so many tokens, of which some are `<|image_pad|>`: those count
+    `IMAGE_TOKEN_COST` each."""
+    return tokens + (IMAGE_TOKEN_COST - 1) * image_tokens
 
 
 def batches_by_cost(

@@ -77,6 +77,11 @@ class Document:
             )
 
     @property
+    def image_names(self) -> tuple[str, ...]:
+        """Of each image, for error messages."""
+        return tuple(f"{self.name or 'document'}: image {i}" for i in range(len(self.images)))
+
+    @property
     def empty(self) -> bool:
         """True when there is neither an image nor any text but white space."""
         return not self.images and not self.text.strip()

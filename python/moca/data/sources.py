@@ -23,6 +23,7 @@ from moca.data.records import Document, Pair, document_from_record, pair_from_re
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
+Check = Callable[[Document], None]
 Item = TypeVar("Item", Document, Pair)
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -34,6 +35,13 @@ _PARQUET_ROWS = 64
 _HTML_TASKS = ("title_section", "caption_figure")
 
 
+def check_images(document: Document) -> None:
+    """Raise ValueError unless every image of a document can be decoded; names the record."""
+    for image in document.images:
+        opened = decode(image, document.name)
+        target_size(opened.height, opened.width, ImageSettings(), document.name)
+
+
 class Records(Generic[Item]):
     """Documents or pairs of one source, read anew each time it is iterated.
 
@@ -41,7 +49,9 @@ class Records(Generic[Item]):
         source: what is read, for messages.
         items: opens the source and yields ``(name, make)``; ``make()`` gives the item or raises.
         on_error: "raise" stops at the first bad record; "skip" leaves it out, counts it and logs a
-            summary. To skip, every image is decoded once here, so that none can fail later.
+            summary.
+        check: to skip, is called with every document here, so that none can fail later; raises
+            ValueError for a bad one. The default decodes its images.
 
     Attributes:
         skipped: reasons of the records left out in the last iteration, with their counts.
@@ -52,10 +62,11 @@ class Records(Generic[Item]):
         source: str,
         items: Callable[[], Iterator[tuple[str, Callable[[], Item]]]],
         on_error: OnError,
+        check: Check = check_images,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-        self.source, self.on_error = source, on_error
+        self.source, self.on_error, self.check = source, on_error, check
         self.skipped: Counter[str] = Counter()
         self._items: Callable[[], Iterator[tuple[str, Callable[[], Item]]]] = items
 
@@ -69,7 +80,8 @@ class Records(Generic[Item]):
                 continue
             try:
                 item = make()
-                _check_images(item)
+                for document in _documents(item):
+                    self.check(document)
             except ValueError as error:
                 self.skipped[str(error).removeprefix(f"{name}: ")] += 1
                 logger.debug("skipped %s", error)
@@ -89,6 +101,7 @@ def load_documents(
     split: str = "train",
     image_root: str | os.PathLike | None = None,
     on_error: OnError = "raise",
+    check: Check = check_images,
     streaming: bool = False,
 ) -> Records[Document]:
     """Interleaved documents of a source.
@@ -98,7 +111,7 @@ def load_documents(
             the name of a hub data set (``owner/name`` or ``owner/name:subset``).
         split: split of a hub data set.
         image_root: folder of relative image paths; default the folder of the file.
-        on_error: what a bad record does: "raise" or "skip".
+        on_error, check: what a bad record does, and what else makes one bad; see `Records`.
         streaming: read a hub data set as it downloads.
 
     Raises:
@@ -111,7 +124,7 @@ def load_documents(
         from moca.data.html import read_html_folder  # needs lxml, which nothing else here does
 
         sections = (section.document for section in read_html_folder(path).sections)
-        return _fixed(path, list(sections), on_error)
+        return _fixed(path, list(sections), on_error, check)
     rows = _rows(source, path, split, streaming)
 
     def items() -> Iterator[tuple[str, Callable[[], Document]]]:
@@ -119,7 +132,7 @@ def load_documents(
             root = image_root if image_root is not None else folder
             yield name, partial(_document, get, name, root)
 
-    return Records(str(source), items, on_error)
+    return Records(str(source), items, on_error, check)
 
 
 def load_pairs(
@@ -129,6 +142,7 @@ def load_pairs(
     image_root: str | os.PathLike | None = None,
     task: str | None = None,
     on_error: OnError = "raise",
+    check: Check = check_images,
     streaming: bool = False,
 ) -> Records[Pair]:
     """Query and document pairs of a source.
@@ -140,7 +154,7 @@ def load_pairs(
         task: the task of the pairs; default the record's own ``task`` field, else the name of the
             file, folder or subset. Of an HTML folder: "title_section" or "caption_figure" reads
             only these, None reads both.
-        on_error: what a bad record does: "raise" or "skip".
+        on_error, check: what a bad record does, and what else makes one bad; see `Records`.
         streaming: read a hub data set as it downloads.
 
     Raises:
@@ -154,7 +168,7 @@ def load_pairs(
             raise ValueError(
                 f"{path}: task must be one of {list(_HTML_TASKS)} or None, got {task!r}"
             )
-        return _fixed(path, _html_pairs(path, task), on_error)
+        return _fixed(path, _html_pairs(path, task), on_error, check)
     rows = _rows(source, path, split, streaming)
     fallback = path.stem if path is not None else re.split("[/:]", str(source))[-1]
 
@@ -163,7 +177,7 @@ def load_pairs(
             root = image_root if image_root is not None else folder
             yield name, partial(_pair, get, name, root, task, fallback)
 
-    return Records(str(source), items, on_error)
+    return Records(str(source), items, on_error, check)
 
 
 def _document(get: Callable[[], Any], name: str, root: str | os.PathLike | None) -> Document:
@@ -191,19 +205,16 @@ def _mapping(record: Any, name: str) -> Mapping[str, Any]:
     return record
 
 
-def _fixed(path: Path, items: list[Item], on_error: OnError) -> Records[Item]:
+def _fixed(path: Path, items: list[Item], on_error: OnError, check: Check) -> Records[Item]:
     return Records(
-        str(path), lambda: ((item.name, partial(_given, item)) for item in items), on_error
+        str(path), lambda: ((item.name, partial(_given, item)) for item in items), on_error, check
     )
 
 
-def _check_images(item: Document | Pair) -> None:
-    documents = [item] if isinstance(item, Document) else [item.query, item.positive]
-    documents += [] if isinstance(item, Document) else item.negatives
-    for document in documents:
-        for image in document.images:
-            opened = decode(image, item.name)
-            target_size(opened.height, opened.width, ImageSettings(), item.name)
+def _documents(item: Document | Pair) -> list[Document]:
+    if isinstance(item, Document):
+        return [item]
+    return [item.query, item.positive, *item.negatives]
 
 
 def _local(source: str | os.PathLike) -> Path | None:
