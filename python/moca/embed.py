@@ -256,7 +256,8 @@ def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
     Says on stderr if the query was cut to the max_length of the index.
 
     Raises:
-        ConfigError: the folder is no index written by `moca embed`, or k is below 1.
+        ConfigError: the folder is no index written by `moca embed`, the query is empty, or k is
+            below 1.
         ValueError: a damaged index, one of an earlier version (which did not note the weights of
             its model), or one made with another model than its folder holds now.
     """
@@ -266,6 +267,8 @@ def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
             f"{folder} is no index: expected {EMBEDDINGS} and {INDEX} in it; make one with "
             f"`moca embed model=MODEL source=DOCUMENTS output={folder}`"
         )
+    if not query.strip():
+        raise ConfigError(f"query: expected what to look for, got {query!r}")
     if k < 1:
         raise ConfigError(f"k: expected at least 1, got {k}")
     about = _read_about(folder / INDEX)

@@ -169,6 +169,15 @@ def test_a_query_that_is_cut_is_told(built, capsys):
     assert "the query was cut to the 8 tokens" in captured.err and not captured.out
 
 
+@pytest.mark.parametrize(
+    ("query", "k", "message"),
+    [(" ", 5, "query: expected what to look for, got ' '"), ("red", 0, "k: .* at least 1, got 0")],
+)
+def test_bad_questions_are_refused(built, query, k, message):
+    with pytest.raises(ConfigError, match=message):
+        search(built / "index", query, k)
+
+
 def test_an_index_of_another_model_is_refused(index, tmp_path):
     about = json.loads((index / INDEX).read_text())
     about["model"] = str(tiny.write_model(tmp_path / "model", seed=1))
