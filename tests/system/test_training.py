@@ -198,7 +198,7 @@ def test_images_that_can_never_fit_are_bad_records(data, tmp_path, stage, caplog
         config = partial(contrast_config, data, pairs={"n": str(source)}, task_weights={}, **values)
     train(config(tmp_path / "skip", on_error="skip"))
     assert "skipped 1 of 9 records" in caplog.text and "an image of 6 tokens" in caplog.text
-    with pytest.raises(ValueError, match="line 1: .*an image of 6 tokens does not fit"):
+    with pytest.raises(ValueError, match=r"line 1: .*an image of 6 tokens does not fit"):
         train(config(tmp_path / "raise"))
 
 
