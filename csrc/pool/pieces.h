@@ -17,8 +17,13 @@ __device__ inline int64_t clamped(int64_t value, int64_t least, int64_t most) {
   return value < least ? least : value > most ? most : value;
 }
 
+// Where a document starts. The first takes what is before its boundary too, for no other would.
+__device__ inline int64_t start_of(const PoolParams& p, int64_t document) {
+  return document == 0 ? 0 : clamped(p.cu_seqlens[document], 0, p.tokens);
+}
+
 __device__ inline TokenSpan document_span(const PoolParams& p, int64_t document) {
-  const int64_t start = clamped(p.cu_seqlens[document], 0, p.tokens);
+  const int64_t start = start_of(p, document);
   if (document == p.documents) return {start, p.tokens};
   return {start, clamped(p.cu_seqlens[document + 1], start, p.tokens)};
 }
@@ -39,7 +44,7 @@ __host__ __device__ inline int64_t pieces_of(int64_t documents, int64_t tokens) 
 
 template <int kTokens>
 __device__ int64_t first_piece(const PoolParams& p, int64_t document) {
-  return clamped(p.cu_seqlens[document], 0, p.tokens) / kTokens + document;
+  return start_of(p, document) / kTokens + document;
 }
 
 // The last of `documents` whose pieces begin at or before `piece`.

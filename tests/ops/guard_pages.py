@@ -72,10 +72,9 @@ def run_guarded(function, inputs: tuple):
 
 @pytest.fixture(autouse=True)
 def kernels_between_guard_pages(monkeypatch):
-    forward, backward = _dispatch.Kernel.forward, _dispatch.Kernel.backward
-    monkeypatch.setattr(
-        _dispatch.Kernel, "forward", lambda self, *x: run_guarded(lambda *y: forward(self, *y), x)
-    )
-    monkeypatch.setattr(
-        _dispatch.Kernel, "backward", lambda self, *x: run_guarded(lambda *y: backward(self, *y), x)
-    )
+    run = _dispatch.Kernel._run
+
+    def run_between(function, inputs):
+        return run_guarded(lambda *placed: run(function, placed), inputs)
+
+    monkeypatch.setattr(_dispatch.Kernel, "_run", staticmethod(run_between))

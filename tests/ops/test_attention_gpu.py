@@ -97,24 +97,24 @@ def test_random_spans(backend):
         check(SpanMask(start, end.int(), 90), backend, heads=2, kv_heads=1, dim=16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @on_backends
-def test_single_key_is_exact(backend):
+def test_single_key_is_exact(dtype, backend):
     """A row with one key returns its value, and there is nothing to learn about the score."""
     mask = SpanMask.full(cu(1, 1, 1)).to(DEVICE)
-    for dtype in DTYPES:
-        q, k, v, d_out, _ = (x.to(DEVICE) for x in make(mask, 2, 2, 40, dtype))
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = attention(q, k, v, mask, backend=backend)
-        d_q, d_k, d_v = torch.autograd.grad(out, leaves, d_out)
-        assert torch.equal(out, v) and not d_q.any() and not d_k.any()
-        torch.testing.assert_close(d_v, d_out)
+    q, k, v, d_out, _ = (x.to(DEVICE) for x in make(mask, 2, 2, 40, dtype))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(q, k, v, mask, backend=backend)
+    d_q, d_k, d_v = torch.autograd.grad(out, leaves, d_out)
+    assert torch.equal(out, v) and not d_q.any() and not d_k.any()
+    torch.testing.assert_close(d_v, d_out)
 
 
 @on_backends
 def test_rows_that_see_nothing(backend):
     """They give 0 and -inf, learn nothing, and what they hold reaches nobody, be it NaN."""
     mask = SpanMask.causal(cu(3, 40), total=50).to(DEVICE)
-    q, k, v, d_out, _ = (x.to(DEVICE) for x in make(mask, 2, 1, 16, torch.float32))
+    q, k, v, d_out, _ = (x.to(DEVICE) for x in make(mask, 2, 1, 16, USUAL[backend]))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     results = []
     for value in (0.0, math.nan):
@@ -133,16 +133,17 @@ def test_rows_that_see_nothing(backend):
 @on_backends
 def test_strided_inputs(backend):
     mask = SpanMask.causal(cu(21, 30)).to(DEVICE)
-    fused = torch.randn(51, 4, 3, 32, device=DEVICE)  # its heads are not next to each other
-    strange = torch.randn(32, 51, 4, device=DEVICE).permute(1, 2, 0)
-    shifted = torch.randn(51, 4, 36, device=DEVICE)[..., 2:34]
+    here = {"device": DEVICE, "dtype": USUAL[backend]}
+    fused = torch.randn(51, 4, 3, 32, **here)  # its heads are not next to each other
+    strange = torch.randn(32, 51, 4, **here).permute(1, 2, 0)
+    shifted = torch.randn(51, 4, 36, **here)[..., 2:34]
     q, k, v = fused.unbind(2)
     for inputs in (
         (q, k[:, ::2], v[:, 1:3]),
         (strange, strange[:, :2], strange[:, 2:]),
         (shifted, q, shifted),
     ):
-        d_out = torch.randn(4, 51, 32, device=DEVICE).transpose(0, 1)
+        d_out = torch.randn(4, 51, 32, **here).transpose(0, 1)
         leaves = [x.detach().requires_grad_() for x in inputs]
         got = attention(*leaves, mask, backend=backend)
         got = [got, *torch.autograd.grad(got, leaves, d_out)]
@@ -156,7 +157,7 @@ def test_strided_inputs(backend):
 @on_backends
 def test_partial_requires_grad(needed, backend):
     mask = SpanMask.full(cu(9, 14)).to(DEVICE)
-    inputs = [x.to(DEVICE) for x in make(mask, 2, 1, 16, torch.float32)]
+    inputs = [x.to(DEVICE) for x in make(mask, 2, 1, 16, USUAL[backend])]
     want = grads(lambda q, k, v: attention(q, k, v, mask, return_lse=True, backend=backend), inputs)
     leaves = [x.clone().requires_grad_(i in needed) for i, x in enumerate(inputs[:3])]
     out, lse = attention(*leaves, mask, return_lse=True, backend=backend)
@@ -185,18 +186,18 @@ def test_same_bits_every_time(deterministic, backend):
 
 @on_backends
 def test_large_scores(backend):
-    mask = SpanMask.full(cu(70))
-    q, k, v, *_ = make(mask, 1, 1, 16, torch.float32)
+    mask, dtype = SpanMask.full(cu(70)), USUAL[backend]
+    q, k, v, *_ = make(mask, 1, 1, 16, dtype)
     q, k = q * 200, k * 200
     got = attention(*(x.to(DEVICE) for x in (q, k, v)), mask.to(DEVICE), backend=backend)
     exact = oracle(q.double(), k.double(), v.double(), mask, 0.25)[0]
-    assert_close_to_exact(got.cpu(), plain(q, k, v, mask, 0.25)[0], exact, torch.float32)
+    assert_close_to_exact(got.cpu(), plain(q, k, v, mask, 0.25)[0], exact, dtype)
 
 
 @on_backends
 def test_opcheck(backend):
     mask = SpanMask.causal(cu(5, 6), total=12).to(DEVICE)
-    q, k, v, d_out, d_lse = (x.to(DEVICE) for x in make(mask, 2, 1, 16, torch.float32))
+    q, k, v, d_out, d_lse = (x.to(DEVICE) for x in make(mask, 2, 1, 16, USUAL[backend]))
     spans = plan(mask)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     arguments = (*leaves, spans, 0.25, False, backend)
@@ -215,10 +216,10 @@ def test_compile(inside, backend, monkeypatch):
     monkeypatch.setattr("moca_fast._dispatch._default", backend)
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = Layers().to(DEVICE)
+    model = Layers().to(DEVICE, USUAL[backend])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for lengths in (cu(5, 0, 20), cu(7, 33)):
-        x = torch.randn(int(lengths[-1]), 32, device=DEVICE)
+        x = torch.randn(int(lengths[-1]), 32, device=DEVICE, dtype=USUAL[backend])
         mask = SpanMask.full(lengths).to(DEVICE)
         got, want = compiled(x, lengths.to(DEVICE) if inside else mask), model(x, mask)
         d_got = torch.autograd.grad(got.square().sum(), list(model.parameters()))

@@ -87,7 +87,7 @@ SOURCES = [
     path
     for folder in ("moca_fast", "kernels", "python", "csrc")
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in (".py", ".cpp", ".h", ".cu")
+    if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")
 ]
 
 

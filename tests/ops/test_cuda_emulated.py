@@ -157,6 +157,10 @@ def test_pool_of_empty_and_wrong_documents(mode):
     rows, bounds = torch.randn(70, 16).requires_grad_(), torch.tensor([0, 3]).int()
     moca_fast.pool(rows, bounds, mode=mode, backend="cuda").sum().backward()
     assert (rows.grad[3:] == 0).all() and rows.grad[2].abs().max() > 0
+    if mode == "last":
+        rows.grad = None  # no document holds the rows before the first
+        moca_fast.pool(rows, bounds + 1, mode=mode, backend="cuda").sum().backward()
+        assert rows.grad.isnan().any(dim=1).nonzero().tolist() == [[3]]
 
 
 @pytest.mark.parametrize("table", [None, torch.float32, torch.float16])

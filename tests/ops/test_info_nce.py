@@ -154,10 +154,12 @@ def test_non_contiguous(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_batch(backend):
-    tensors = problem(0, 7, 2, 8)
+@pytest.mark.parametrize("documents", [0, 7])
+def test_empty_batch(documents, backend):
+    tensors = problem(0, documents, 2, 8)
+    ids = torch.arange(documents)
     for reduction in ("mean", "sum", "none"):
-        op = ours(None, document_ids=torch.arange(7), reduction=reduction, backend=backend)
+        op = ours(None, document_ids=ids, reduction=reduction, backend=backend)
         for result in run(op, tensors):
             assert torch.equal(result, torch.zeros_like(result))
 

@@ -141,11 +141,15 @@ def test_loss_is_the_same_without_gradients(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wrong", [-1, 7])
-def test_target_out_of_range(wrong, backend):
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_target_out_of_range(with_ids, wrong, backend):
     """The host does not wait for the device to say so."""
     query, document, *_ = on_device(4, 7, 0, 8)
     target = torch.tensor([0, 1, wrong, 2], device=DEVICE)
-    loss = moca_fast.info_nce(query, document, target, reduction="none", backend=backend)
+    ids = torch.arange(7, device=DEVICE) if with_ids else None
+    loss = moca_fast.info_nce(
+        query, document, target, document_ids=ids, reduction="none", backend=backend
+    )
     assert loss.isnan().tolist() == [False, False, True, False]
 
 

@@ -102,9 +102,11 @@ def test_non_contiguous(backend):
 
 @pytest.mark.usefixtures("scores")
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocabulary", [0, 9])
 @pytest.mark.parametrize("tokens", [0, 6])
-def test_no_row_counts(tokens, backend):
+def test_no_row_counts(tokens, vocabulary, backend):
     hidden, weight, bias, _ = problem(max(tokens, 1), 8, 9)
+    weight, bias = weight[:vocabulary], bias[:vocabulary]
     labels = torch.full((tokens,), IGNORED)
     for reduction in ("mean", "sum", "none"):
         op = ours(labels, reduction=reduction, backend=backend)

@@ -9,7 +9,7 @@ from test_patchify import HALF, SHAPES, named, noise
 from moca_fast import CLIP_MEAN, CLIP_STD, patchify
 
 LARGE = [((27, 37), (14, 2, 2)), ((64, 64), (16, 2, 2))]
-pytestmark = pytest.mark.parametrize("backend", GPU_BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", GPU_BACKENDS[:1])  # Triton alone
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,8 +53,6 @@ def test_float64_is_refused(backend):
 
 
 def test_compiles_ahead(backend):
-    if backend != "triton":
-        pytest.skip("nvcc compiles it when the wheel is built")
     kernels = compile_launches("""
 import torch
 from moca_triton import patchify as op

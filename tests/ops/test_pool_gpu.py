@@ -113,6 +113,14 @@ def test_documents_with_wrong_boundaries_are_nan(bounds, wrong, mode, backend):
     assert pooled[torch.tensor(wrong, device=DEVICE)].isnan().all()
 
 
+def test_rows_before_the_first_document_have_gradients(backend):
+    hidden = torch.randn(9, 4, device=DEVICE).requires_grad_()
+    bounds = torch.tensor([1, 4], device=DEVICE).int()
+    moca_fast.pool(hidden, bounds, mode="last", backend=backend).sum().backward()
+    assert hidden.grad[3].isnan().all()
+    assert not hidden.grad[:3].any() and not hidden.grad[4:].any()
+
+
 def test_rows_that_are_too_wide_are_refused(backend):
     hidden, bounds = torch.zeros(1, 8193, device=DEVICE), boundaries([1]).to(DEVICE)
     if backend == "triton":

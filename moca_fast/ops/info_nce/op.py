@@ -82,7 +82,8 @@ def info_nce(
         ValueError: shapes or devices that do not fit, a temperature that is not positive, query
             ids without document ids, an unknown reduction, or a backend that cannot run the call.
         TypeError: a wrong dtype, or not a tensor.
-        IndexError: an entry of `target` outside 0 to M - 1.
+        IndexError: an entry of `target` outside 0 to M - 1. The kernels for GPUs, which never wait
+            for the host, make that query's loss NaN instead.
     """
     tensors = inputs(
         query,
@@ -144,7 +145,7 @@ def inputs(
     if document_ids is not None:
         check_tensor(OP, "document_ids", document_ids, shape=(rows,), dtypes=ids, like=query)
         if query_ids is None:
-            query_ids = document_ids.index_select(0, target)
+            query_ids = _ids_of(document_ids, target)
     elif query_ids is not None:
         raise ValueError(f"moca_fast.{OP}: query_ids: expected document_ids beside them, got none")
     if query_ids is not None:
@@ -155,6 +156,14 @@ def inputs(
         )
     temperature = _temperature(temperature, query)
     return Inputs(query, document, target, temperature, hard_negatives, query_ids, document_ids)
+
+
+def _ids_of(document_ids: Tensor, target: Tensor) -> Tensor:
+    """The id of each query's positive. What a target outside of the documents means is left to the
+    kernels: on a GPU, index_select would leave the process unable to use it."""
+    if document_ids.shape[0] == 0:
+        return torch.zeros_like(target)
+    return document_ids.index_select(0, target.clamp(0, document_ids.shape[0] - 1))
 
 
 def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:

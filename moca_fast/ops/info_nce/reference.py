@@ -1,5 +1,6 @@
 """info_nce in eager torch: the specification. Holds the scores of CHUNK queries at a time."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
     check_target(target, document.shape[0])
     loss = temperature.new_empty(query.shape[0])
     lse = torch.empty_like(loss, dtype=torch.float64)
-    for rows in torch.arange(query.shape[0], device=query.device).split(CHUNK):
+    for rows in _chunks(query):
         scores = _scores(rows, inputs)
         own = scores.gather(1, target[rows, None])[:, 0]
         peak = scores.amax(dim=1)
@@ -38,7 +39,7 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
     hard = query[:, None, :0, None] if hard_negatives is None else hard_negatives.to(dtype)
     d_query, d_document = torch.zeros_like(query, dtype=dtype), torch.zeros_like(documents)
     d_hard, d_temperature = torch.zeros_like(hard), torch.zeros_like(temperature)
-    for rows in torch.arange(query.shape[0], device=query.device).split(CHUNK):
+    for rows in _chunks(query):
         scores = _scores(rows, inputs)
         d_scores = (scores - lse[rows, None]).exp().to(dtype)
         d_scores.scatter_add_(1, target[rows, None], -torch.ones_like(d_scores[:, :1]))
@@ -61,6 +62,12 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
 def forward_with_gradients(needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
     loss, lse = forward(*tensors)
     return loss.sum(), *backward(torch.ones_like(loss), lse, needs, *tensors)
+
+
+def _chunks(query: Tensor) -> Iterator[Tensor]:
+    """Numbers of the queries, CHUNK at a time; nothing where there are none."""
+    for begin in range(0, query.shape[0], CHUNK):
+        yield torch.arange(begin, min(begin + CHUNK, query.shape[0]), device=query.device)
 
 
 def _scores(rows: Tensor, inputs: Inputs) -> Tensor:

@@ -1,6 +1,8 @@
 """linear_cross_entropy in eager torch: the specification. Holds the logits of CHUNK rows at a
 time, and those of counted rows only."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     loss = hidden.new_zeros(labels.shape, dtype=_accumulator(hidden))
     lse = torch.zeros_like(loss, dtype=torch.float64)
-    for rows in counted_rows(labels, weight.shape[0], ignore_index).split(CHUNK):
+    for rows in _chunks(counted_rows(labels, weight.shape[0], ignore_index)):
         logits = _logits(hidden[rows], weight, bias)
         own = logits.gather(1, labels[rows, None])[:, 0]
         peak = logits.amax(dim=1)
@@ -40,7 +42,7 @@ def backward(
     d_hidden = hidden.new_zeros(hidden.shape)
     d_weight = weight.new_zeros(weight.shape, dtype=dtype)
     d_bias = weight.new_zeros(weight.shape[0], dtype=dtype)
-    for rows in counted_rows(labels, weight.shape[0], ignore_index).split(CHUNK):
+    for rows in _chunks(counted_rows(labels, weight.shape[0], ignore_index)):
         d_logits = (_logits(hidden[rows], weight, bias) - lse[rows, None]).exp().to(dtype)
         d_logits.scatter_add_(1, labels[rows, None], -torch.ones_like(d_logits[:, :1]))
         d_logits *= d_loss[rows, None]
@@ -64,6 +66,11 @@ def forward_with_gradients(
     inputs = (hidden, weight, labels, bias, ignore_index)
     loss, lse = forward(*inputs)
     return loss.sum(), *backward(torch.ones_like(loss), lse, *inputs, needs)
+
+
+def _chunks(rows: Tensor) -> Iterator[Tensor]:
+    """CHUNK at a time; nothing where there are none, unlike Tensor.split."""
+    return (rows[begin : begin + CHUNK] for begin in range(0, rows.shape[0], CHUNK))
 
 
 def counted_rows(labels: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
