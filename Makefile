@@ -68,7 +68,7 @@ PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -pr
 SANITIZED = env $(call tested,build/sanitize/lib) LD_PRELOAD="$(PRELOAD)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
 sanitize: $(VENV)/.test
-	$(PIP) cmake ninja pybind11
+	$(PIP) cmake ninja pybind11 setuptools
 	$(BIN)/cmake --preset sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build --preset sanitize
@@ -83,7 +83,7 @@ CUDA_TESTS := tests/packaging tests/ops/test_dispatch.py
 cuda: SHELL := bash
 cuda: .SHELLFLAGS := -o pipefail -c
 cuda: $(VENV)/.test $(NVCC)/.nvcc
-	$(PIP) cmake ninja pybind11
+	$(PIP) cmake ninja pybind11 setuptools
 	CUDACXX=$(abspath $(NVCC))/nvidia/cu13/bin/nvcc $(BIN)/cmake --preset cuda \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)

@@ -68,6 +68,12 @@ def cuda_options() -> list[str]:
     return [f"-DMOCA_CUDA={modes[wanted]}", f"-DMOCA_CUDA_ARCHS={archs}"]
 
 
+def native_sources() -> list[str]:
+    """What CMake builds from: a source distribution holds it."""
+    csrc = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    return [str(path.relative_to(ROOT)) for path in (*csrc, ROOT / "CMakeLists.txt")]
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -95,6 +101,6 @@ if __name__ == "__main__":
     setup(
         packages=packages(),
         package_dir=PACKAGE_DIR,
-        ext_modules=[Extension("moca_fast._C", sources=[])],
+        ext_modules=[Extension("moca_fast._C", sources=[], depends=native_sources())],
         cmdclass={"build_ext": CMakeBuild},
     )
