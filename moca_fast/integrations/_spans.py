@@ -6,18 +6,11 @@ and every query that is left sees one interval of the packed keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-)
+from torch import Tensor
 
 from moca_fast.span_mask import SpanMask
 
@@ -35,103 +28,6 @@ class PackedLayout:
     mask: SpanMask
     queries: Tensor | None = None
     keys: Tensor | None = None
-
-
-@dataclass
-class MaskRequest:
-    """The arguments of the mask interface, resolved by the first attention layer that needs them.
-
-    transformers asks for a mask once a forward, before it says whether the batch is packed. So
-    nothing is computed until a layer asks, and what it gets is kept for the other layers.
-    """
-
-    batch_size: int
-    q_length: int
-    kv_length: int
-    q_offset: int | Tensor = 0  # a tensor for bidirectional masks of static caches only
-    kv_offset: int = 0
-    mask_function: Callable = causal_mask_function
-    attention_mask: Tensor | None = None
-    local_size: int | None = None
-    exact: bool = True  # the mask function is the plain one, with nothing laid over it
-    use_vmap: bool = False
-    device: torch.device | str = "cpu"
-    layouts: dict[tuple, PackedLayout] = field(default_factory=dict, repr=False)
-
-    @property
-    def padding(self) -> Tensor | None:
-        """(B, K) bool, true for keys that are no padding; None if no mask was given."""
-        if self.attention_mask is None:
-            return None
-        mask = self.attention_mask.bool()
-        missing = self.kv_length + self.kv_offset - mask.shape[-1]
-        mask = torch.nn.functional.pad(mask, (0, max(missing, 0)))
-        return mask[:, self.kv_offset : self.kv_offset + self.kv_length]
-
-    def plain(self, sliding_window: int | None) -> bool:
-        """Whether spans follow from the arguments, without evaluating the mask function."""
-        if self.mask_function in (causal_mask_function, bidirectional_mask_function):
-            return self.local_size == sliding_window
-        return self.exact and sliding_window is not None and self.local_size == sliding_window
-
-    def dense(self) -> Tensor:
-        """(B, Q, K) bool, true where a query sees a key: for masks that `plain` does not know."""
-        mask: Any = sdpa_mask(
-            batch_size=self.batch_size,
-            q_length=self.q_length,
-            kv_length=self.kv_length,
-            q_offset=self.q_offset,  # type: ignore[arg-type]  # a tensor where it passes one
-            kv_offset=self.kv_offset,
-            mask_function=self.mask_function,
-            attention_mask=self.attention_mask,
-            allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False,
-            use_vmap=self.use_vmap,
-            device=self.device,
-        )
-        return mask[:, 0]
-
-    def contiguous(self) -> Tensor:
-        """(B, 1, Q, K) bool: `generate` calls it on the masks it makes ahead for static caches."""
-        return self.dense()[:, None].contiguous()
-
-
-def request_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> MaskRequest | Tensor:
-    """The mask interface: keeps what transformers asks for, for the attention function.
-
-    Where it starts from a tensor it is the (B, 1, Q, K) mask: a static cache moves that tensor on
-    before a layer asks.
-    """
-    request = MaskRequest(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        mask_function,
-        attention_mask,
-        local_size,
-        exact=(allow_is_causal_skip or allow_is_bidirectional_skip) and not use_vmap,
-        use_vmap=use_vmap,
-        device=device,
-    )
-    if isinstance(q_offset, Tensor) and mask_function is not bidirectional_mask_function:
-        return request.dense()[:, None]
-    return request
 
 
 @lru_cache(maxsize=16)
@@ -266,100 +162,3 @@ def pack_intervals(
         )
     mask = SpanMask(start, stop, num_keys=total, validate=False)
     return PackedLayout(mask, query_rows, key_rows)
-
-
-def padded_layout(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: MaskRequest | Tensor | None,
-    causal: bool,
-    window: int | None,
-    position_ids: Tensor | None,
-) -> PackedLayout:
-    """The layout of a batch of rows, with or without padding.
-
-    Args:
-        query: (B, H, Q, D).
-        key: (B, Hkv, K, D).
-        attention_mask: what `request_mask` returned, or (B, K), or (B, 1, Q, K).
-        causal, window: as the layer attends; see `intervals`.
-        position_ids: (B, Q), which restart with each document where there is no mask.
-    """
-    batch, queries, keys, device = query.shape[0], query.shape[2], key.shape[2], query.device
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
-        return pack_intervals(*dense_intervals(_visible(attention_mask, batch, keys)), keys)
-    if isinstance(attention_mask, Tensor):
-        attention_mask = MaskRequest(
-            batch, queries, keys, keys - queries, attention_mask=attention_mask, local_size=window,
-            device=device,
-        )  # fmt: skip
-    packable = attention_mask is None or attention_mask.attention_mask is None
-    if not packable or queries != keys or position_ids is None or position_ids.dim() != 2:
-        position_ids = None
-    inference = torch.is_inference_mode_enabled()
-    if attention_mask is None:
-        if position_ids is None:
-            return unmasked(batch, queries, keys, causal, window, device, inference)
-        attention_mask = MaskRequest(batch, queries, keys, local_size=window, device=device)
-    name = (causal, window, device, inference)
-    if name not in attention_mask.layouts:
-        attention_mask.layouts[name] = _resolve(
-            module, attention_mask, causal, window, position_ids, device
-        )
-    return attention_mask.layouts[name]
-
-
-def _resolve(
-    module: nn.Module,
-    request: MaskRequest,
-    causal: bool,
-    window: int | None,
-    position_ids: Tensor | None,
-    device: torch.device,
-) -> PackedLayout:
-    queries, keys = request.q_length, request.kv_length
-    offset = int(request.q_offset) - request.kv_offset
-    padding = request.padding
-    if padding is not None:
-        padding = padding.to(device)
-    if not request.plain(window):
-        begin, end = dense_intervals(request.dense().to(device))
-        return pack_intervals(begin, end, keys)
-    causal = causal and "bidirectional" not in request.mask_function.__qualname__
-    begin, end = intervals(queries, keys, offset, causal, window, device)
-    begin, end = begin.expand(request.batch_size, -1), end.expand(request.batch_size, -1)
-    if position_ids is not None:
-        first, last = documents_of_positions(position_ids.expand(request.batch_size, -1))
-        begin, end = torch.maximum(begin, first), torch.minimum(end, last)
-    return pack_intervals(
-        begin,
-        end,
-        keys,
-        kept_keys=padding,
-        kept_queries=padding if _attends_itself(module, queries, keys) else None,
-    )
-
-
-def _attends_itself(module: nn.Module, queries: int, keys: int) -> bool:
-    """Whether the mask of the keys is that of the queries too."""
-    config = getattr(module, "config", None)
-    crosses = getattr(module, "is_cross_attention", False)
-    return queries == keys and not crosses and not getattr(config, "is_encoder_decoder", False)
-
-
-def _visible(mask: Tensor, batch: int, keys: int) -> Tensor:
-    """(B, Q, K) bool from a (B, 1, Q, K) mask, boolean or added to the scores."""
-    if mask.shape[1] != 1:
-        raise ValueError(f"moca_fast: expected one mask for all heads, got {mask.shape[1]}")
-    mask = mask[:, 0, :, :keys].expand(batch, -1, -1)
-    if mask.dtype == torch.bool:
-        return mask
-    visible = mask == 0
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    if not bool((visible | hidden).all()):
-        raise ValueError(
-            "moca_fast: expected an attention mask of 0 and the lowest value, got a bias on the "
-            "scores"
-        )
-    return visible

@@ -19,14 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from moca_fast.integrations._requests import MaskRequest, padded_layout, request_mask
 from moca_fast.integrations._rotary import use_mrope
 from moca_fast.integrations._selftest import check_bidirectional, check_isolated
-from moca_fast.integrations._spans import (
-    MaskRequest,
-    PackedLayout,
-    padded_layout,
-    request_mask,
-)
+from moca_fast.integrations._spans import PackedLayout
 from moca_fast.ops.attention.op import attention
 from moca_fast.span_mask import SpanMask
 
@@ -101,12 +97,14 @@ def attention_forward(
     batch, heads, queries, dim = query.shape
     query, key, value = _autocast(query, key, value)
     cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None and kwargs.get("cu_seq_lens_k") is not None:
+        raise ValueError("moca_fast: expected cu_seq_lens_q beside cu_seq_lens_k, got none")
     causal = _is_causal(module, is_causal)
     if span_mask is not None:
         layout = PackedLayout(span_mask)
     elif cu_seqlens is not None:
         _check_packed(module, query, key, attention_mask, kwargs)
-        layout = PackedLayout(_packed_mask(cu_seqlens, batch * queries, causal, sliding_window))
+        layout = _packed_layout(attention_mask, cu_seqlens, batch * queries, causal, sliding_window)
     else:
         positions = kwargs.get("position_ids")
         layout = padded_layout(
@@ -169,10 +167,9 @@ def _check_packed(
             f"moca_fast: a packed batch cannot use a cache: expected {query.shape[2]} keys, got "
             f"{key.shape[2]}; pass use_cache=False"
         )
-    given = attention_mask
-    if isinstance(given, MaskRequest):
-        given = "a custom mask function" if given.use_vmap else given.attention_mask
-    if given is not None:
+    if isinstance(attention_mask, MaskRequest):
+        attention_mask = attention_mask.attention_mask
+    if attention_mask is not None:
         raise ValueError("moca_fast: expected cu_seq_lens_q or an attention mask, got both")
     # Up to transformers 5.19 or so the text's cu_seq_lens reach the vision tower as well.
     if hasattr(getattr(module, "config", None), "spatial_merge_size"):
@@ -180,6 +177,19 @@ def _check_packed(
             "moca_fast: the cu_seq_lens of the text reached the vision tower; call "
             "moca_fast.integrations.transformers.pack_vision(model) once after loading"
         )
+
+
+def _packed_layout(
+    request: object, cu_seqlens: Tensor, total: int, causal: bool, window: int | None
+) -> PackedLayout:
+    """The layout of a packed batch. Where transformers made a mask, that says what is seen: a layer
+    may count its window as other attention functions do."""
+    if isinstance(request, MaskRequest):
+        found = request.packed(cu_seqlens, window)
+        if isinstance(found, PackedLayout):
+            return found
+        causal, window = causal and found[0], found[1]
+    return PackedLayout(_packed_mask(cu_seqlens, total, causal, window))
 
 
 # The tensor, held so that its id cannot become another's; the values it had; their mask.

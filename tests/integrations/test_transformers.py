@@ -21,10 +21,20 @@ from transformers import (
     BartModel,
     BertConfig,
     BertModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    Llama4TextConfig,
+    Llama4TextModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     SiglipVisionConfig,
@@ -44,6 +54,7 @@ from moca_fast.integrations.transformers import (
 )
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+IMPLEMENTATIONS = ("eager", "moca_fast")
 SMALL = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -539,6 +550,117 @@ def test_contradictions_are_refused():
         model.model(random_ids(1, 5), past_key_values=cache, **kwargs)
     with pytest.raises(ValueError, match=r"before the 4 tokens"):
         model.model(random_ids(1, 4), use_cache=False, **kwargs)
+    kwargs["cu_seq_lens_q"] = None
+    with pytest.raises(ValueError, match="cu_seq_lens_q beside cu_seq_lens_k, got none"):
+        model.model(random_ids(1, 5), use_cache=False, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(1, 1, 4, 4, dtype=torch.int64),
+        torch.ones(1, 4, 4),
+        torch.ones(3, 4),
+        torch.ones(2, 3),
+        torch.ones(1, 1, 4, 3, dtype=torch.bool),
+        torch.ones(1, 2, 4, 4, dtype=torch.bool),
+    ],
+    ids=lambda mask: f"{tuple(mask.shape)} {mask.dtype}",
+)
+def test_masks_that_do_not_fit_are_refused(mask):
+    query = torch.randn(2, 2, 4, 16)
+    with pytest.raises(ValueError, match=r"expected an attention mask \(2, 4\), or one .* got"):
+        attention_forward(torch.nn.Module(), query, query, query, mask)
+
+
+LENGTHS = (8, 10)
+PACKED_MASKS = {
+    "chunks": lambda: (Llama4TextModel, Llama4TextConfig(
+        **SMALL, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48,
+        head_dim=16, pad_token_id=0,
+    )),
+    "windows to both sides": lambda: (ModernBertModel, ModernBertConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0, local_attention=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )),
+    "a mask function": lambda: (Gemma3TextModel, Gemma3TextConfig(
+        **SMALL, use_bidirectional_attention=True, sliding_window=4, head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKED_MASKS)
+def test_packed_batches_keep_the_masks_of_their_models(name):
+    kind, config = PACKED_MASKS[name]()
+    eager, ours = (build(kind, config, implementation) for implementation in IMPLEMENTATIONS)
+    ids = random_ids(1, sum(LENGTHS))
+    want = torch.cat([eager(part)[0] for part in ids.split(LENGTHS, dim=1)], dim=1)
+    bounds = torch.tensor([0, 8, 18], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    inputs = packed_kwargs(bounds) | ({} if kind is ModernBertModel else {"use_cache": False})
+    got = ours(ids, position_ids=positions, **inputs)[0]
+    torch.testing.assert_close(got, want, **TOLERANCE)
+    if kind is not ModernBertModel:
+        with pytest.raises(ValueError, match=r"made of .* position_ids that restart"):
+            ours(ids, **inputs)
+
+
+def test_packed_images_see_themselves():
+    """Gemma3's image tokens see their whole image; the rest is causal."""
+    text = dict(
+        **SMALL, head_dim=16, sliding_window=16, layer_types=["full_attention"] * 2,
+        query_pre_attn_scalar=16,
+    )  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 32,
+        "num_attention_heads": 2, "patch_size": 8,
+    }  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=59,
+        image_token_id=59, boi_token_index=58, eoi_token_index=57,
+    )  # fmt: skip
+    kind = Gemma3ForConditionalGeneration
+    eager, ours = (build(kind, config, implementation) for implementation in IMPLEMENTATIONS)
+    ids = random_ids(1, 20, vocab=50)
+    ids[:, 2:6] = ids[:, 12:16] = 59
+    inputs = {"input_ids": ids, "token_type_ids": (ids == 59).long()}
+    pictures = torch.randn(2, 3, 32, 32)
+    want = torch.cat(
+        [
+            eager(pixel_values=pictures[i : i + 1], **{k: v[:, part] for k, v in inputs.items()})[0]
+            for i, part in enumerate((slice(0, 9), slice(9, 20)))
+        ],
+        dim=1,
+    )
+    bounds = torch.tensor([0, 9, 20], dtype=torch.int32)
+    positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
+    inputs |= {"pixel_values": pictures, "position_ids": positions, "use_cache": False}
+    got = ours(**inputs, **packed_kwargs(bounds))[0]
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+def test_masks_made_outside_of_the_inner_model():
+    """PaliGemma makes the masks itself and hands them to its language model."""
+    text = dict(**SMALL, model_type="gemma", head_dim=16)
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 32,
+        "num_attention_heads": 2, "patch_size": 8, "model_type": "siglip_vision_model",
+    }  # fmt: skip
+    config = PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=59, image_token_id=59,
+        projection_dim=32,
+    )  # fmt: skip
+    ids = random_ids(1, 20, vocab=50)
+    ids[:, :16] = 59
+    inputs = {"pixel_values": torch.randn(1, 3, 32, 32), "attention_mask": torch.ones_like(ids)}
+    inputs["token_type_ids"] = torch.zeros_like(ids)
+    want, got = (
+        build(PaliGemmaForConditionalGeneration, config, name)(ids, **inputs)[0]
+        for name in IMPLEMENTATIONS
+    )
+    torch.testing.assert_close(got, want, **TOLERANCE)
 
 
 def test_text_boundaries_in_an_unpacked_vision_tower_are_refused():
