@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,40 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"checkpoint-(\d{8})$")
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|retired)-(?P<writer>\d+)$")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing or damaged; the message says which file and how."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors in the block say that `path` could not be written: of a full disk they name nothing.
+
+    Raises:
+        OSError: also where safetensors has an error of its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError unless a file or folder can be made at `path`; says what is in the way."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be made: expected a folder that can be written to, but {parent}: "
+            f"{error.strerror}"
+        ) from None
 
 
 @contextmanager
@@ -36,11 +64,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    tidy(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         retired = path.with_name(f".{path.name}.retired-{os.getpid()}")
         if path.exists():
             path.rename(retired)
@@ -56,11 +85,19 @@ def is_leftover(path: Path) -> bool:
     return _LEFT.match(path.name) is not None
 
 
-def tidy(folder: str | Path) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder, and bring back
-    what they had moved out of the way."""
+def tidy(folder: str | Path, name: str | None = None) -> None:
+    """Remove what processes that were killed while they wrote have left in a folder (of what was to
+    be called `name`, or all of it), and bring back what they had moved out of the way.
+
+    For before this process writes: what bears its own number is of an earlier process, as in a
+    container, where the numbers are the same at every start.
+    """
     for path in Path(folder).iterdir():
-        if not (found := _LEFT.match(path.name)) or _alive(int(found["writer"])):
+        found = _LEFT.match(path.name)
+        if not found or name not in (None, found["name"]):
+            continue
+        writer = int(found["writer"])
+        if writer != os.getpid() and _alive(writer):
             continue
         place = path.with_name(found["name"])
         if found["kind"] == "retired" and not place.exists():
@@ -85,9 +122,11 @@ def write_file(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Run `write(temporary)` and rename its file to `path`: there whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    tidy(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        write(temporary)
+        with naming(path):
+            write(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -119,9 +158,9 @@ def save_checkpoint(
                 save_file(tensors, folder / f"{name}.safetensors")
             for number, optimizer in enumerate(optimizers):
                 _save_optimizer(optimizer, folder, f"optimizer-{number}")
-            _write_json(folder / "state.json", {"step": step, **state})
+            _write_json(folder / STATE, {"step": step, **state})
             _write_json(folder / MANIFEST, {p.name: _digest(p) for p in sorted(folder.iterdir())})
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:
         kept = latest_checkpoint(run)
         raise CheckpointError(
             f"{path} could not be written ({error}); "
@@ -158,7 +197,7 @@ def load_checkpoint(
         module.load_state_dict(tensors, strict=False)
     for number, optimizer in enumerate(optimizers):
         _load_optimizer(optimizer, path, f"optimizer-{number}")
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def verify_checkpoint(path: str | Path) -> None:
@@ -172,6 +211,9 @@ def verify_checkpoint(path: str | Path) -> None:
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: {error}{hint}") from error
+    held = {file.name for file in path.iterdir()} - {MANIFEST}
+    if unlisted := sorted((held | {STATE}) - files.keys()):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: it lacks {unlisted}{hint}")
     for name, (size, sha256) in files.items():
         file = path / name
         if not file.is_file():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from moca.checkpoint import replacing
+from moca.checkpoint import check_place, replacing
 from moca.config import ConfigError, EmbedConfig
 from moca.data.encode import Encoded, Encoder
 from moca.data.packing import pack
@@ -198,14 +197,10 @@ def check_new_output(path: Path, kind: str) -> None:
     """
     if path.exists() or path.is_symlink():
         raise ConfigError(f"output: {path} exists; give another {kind}")
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        tempfile.TemporaryFile(dir=parent).close()
+        check_place(path)
     except OSError as error:
-        raise ConfigError(
-            f"output: {path} cannot be made: expected a folder that can be written to, but "
-            f"{parent}: {error.strerror}"
-        ) from None
+        raise ConfigError(f"output: {error}") from None
 
 
 def build_index(config: EmbedConfig) -> int:

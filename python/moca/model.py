@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2_5_VLConfig
 
@@ -136,12 +137,15 @@ class MocaModel(nn.Module):
             RuntimeError: the model is still causal, or documents of one pack see each other.
         """
         tokenizer, image_settings, settings = read_directory(directory)
-        vlm = AutoModelForImageTextToText.from_pretrained(
-            directory,
-            attn_implementation=attn_implementation,
-            dtype="auto" if dtype is None else dtype,
-            trust_remote_code=False,
-        )
+        try:
+            vlm = AutoModelForImageTextToText.from_pretrained(
+                directory,
+                attn_implementation=attn_implementation,
+                dtype="auto" if dtype is None else dtype,
+                trust_remote_code=False,
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{directory}: its weights are damaged: {error}") from error
         return cls(
             vlm,
             tokenizer,

@@ -272,9 +272,9 @@ def pretrain(config: CptConfig) -> None:
             "memory_gib": peak_memory(accelerator.device),
         })  # fmt: skip
     if accelerator.is_main_process:
-        model.save_pretrained(Path(config.output) / "model")
         decoder = {k: v.cpu().contiguous() for k, v in objective.decoder_state().items()}
         write_file(Path(config.output) / DECODER, lambda path: save_file(decoder, path))
+        model.save_pretrained(Path(config.output) / "model")  # last: its folder says "done"
     accelerator.wait_for_everyone()
 
 

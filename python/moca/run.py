@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import fcntl
 import json
 import math
 import resource
@@ -12,8 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -27,9 +32,11 @@ from tqdm import tqdm
 
 from moca.checkpoint import (
     CheckpointError,
+    check_place,
     is_leftover,
     latest_checkpoint,
     load_checkpoint,
+    naming,
     save_checkpoint,
     tidy,
     write_file,
@@ -37,7 +44,8 @@ from moca.checkpoint import (
 from moca.config import ConfigError, RunConfig, save_config
 from moca.model import resolve_precision
 
-CONFIG, LOG = "config.yaml", "log.jsonl"
+CONFIG, LOG, LOCK = "config.yaml", "log.jsonl", ".lock"
+PATIENCE = 600  # seconds that processes may take to prepare a batch
 
 
 class Interrupted(KeyboardInterrupt):
@@ -69,11 +77,16 @@ def check_output(config: RunConfig) -> Path | None:
     """The checkpoint to go on from, or None to begin.
 
     Raises:
-        ConfigError: the folder exists and `resume` is not set, or there is nothing to resume.
+        ConfigError: the folder exists and `resume` is not set, it cannot be written to, or there is
+            nothing to resume.
     """
     folder = Path(config.output)
+    try:
+        check_place(folder / CONFIG)
+    except OSError as error:
+        raise ConfigError(f"output: {error}") from None
     if not config.resume:
-        if folder.exists() and not (folder.is_dir() and all(map(is_leftover, folder.iterdir()))):
+        if folder.exists() and not _is_untouched(folder):
             raise ConfigError(
                 f"output: {folder} exists; give another folder, or resume=true to go on from its "
                 "newest checkpoint"
@@ -85,13 +98,44 @@ def check_output(config: RunConfig) -> Path | None:
     return checkpoint
 
 
-def load_batches(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:
-    """The batches of these numbers, prepared by so many processes (0: by this one)."""
-    return iter(
-        DataLoader(
-            batches, None, sampler=numbers, num_workers=workers, worker_init_fn=_ignore_signals
-        )
+def _is_untouched(folder: Path) -> bool:
+    """Whether no run has begun in a folder, but for what one left that was killed at once."""
+    return folder.is_dir() and all(
+        path.name == LOCK or is_leftover(path) for path in folder.iterdir()
     )
+
+
+def load_batches(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:
+    """The batches of these numbers, prepared by so many processes (0: by this one).
+
+    Raises:
+        RuntimeError: none came in `PATIENCE` seconds. A process that finds no shared memory says so
+            and loses its batch, for which torch would wait for ever.
+    """
+    loader = DataLoader(
+        batches, None, sampler=numbers, num_workers=workers, worker_init_fn=_ignore_signals,
+        timeout=PATIENCE if workers else 0,
+    )  # fmt: skip
+    others = set(active_children())
+    iterator = iter(loader)
+    end = partial(_kill, set(active_children()) - others)
+    atexit.register(end)  # at exit, multiprocessing waits for them: they ignore that it says so
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        raise RuntimeError(
+            f"no batch came in {PATIENCE} seconds from the {workers} processes that prepare them: "
+            "they need shared memory (/dev/shm), or more time; workers=0 needs neither"
+        ) from error
+    finally:
+        atexit.unregister(end)
+
+
+def _kill(processes: set[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _ignore_signals(worker: int) -> None:
@@ -110,11 +154,12 @@ class Run:
         checkpoint: of an earlier start of the same run, or None.
         batches: of a number of steps, what tells their batches from those of another seed, number
             of records, size or number of processes; anything that JSON holds. Other records in the
-            same number and order are not noticed.
+            same number are not noticed.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of other modules or of an earlier version.
-        ConfigError: it is past `steps`, or its steps were made of other batches.
+        ConfigError: it is past `steps`, its steps were made of other batches, or another process
+            writes to the folder.
     """
 
     def __init__(
@@ -134,16 +179,31 @@ class Run:
         self.counts: Counter[str] = Counter()
         self._values: dict[str, list[float]] = {}
         self._shown: dict[str, str] = {}
+        self._lock = self._take_folder() if accelerator.is_main_process else None
         if checkpoint is not None:
             self._load(checkpoint)
         self._since = time.monotonic()
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             tidy(self.folder)
             self._say_changes()
             write_file(self.folder / CONFIG, lambda path: save_config(config, path))
             self._trim_log()
         accelerator.wait_for_everyone()
+
+    def _take_folder(self) -> IO:
+        """Make the folder, and hold its lock, which ends with this process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / LOCK).open("w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"output: another process writes to {self.folder} ({error.strerror}): wait for it, "
+                "or give another folder"
+            ) from None
+        if not self.config.resume and not _is_untouched(self.folder):
+            raise ConfigError(f"output: another process has written to {self.folder} since")
+        return lock
 
     def _load(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint, modules=self.modules, optimizers=self.optimizers)
@@ -172,7 +232,11 @@ class Run:
         path = self.folder / CONFIG
         if not path.exists():
             return
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            tqdm.write(f"resume: what has changed is not known, {path} is damaged: {error}")
+            return
         for key, value in dataclasses.asdict(self.config).items():
             if key not in ("resume", "output") and value != before.get(key):
                 tqdm.write(f"resume: {key} is {value!r}, was {before.get(key)!r}")
@@ -223,7 +287,8 @@ class Run:
         self._shown = {k: f"{v:.3g}" for k, v in means.items() if k.startswith("loss")}
         if self.accelerator.is_main_process:
             line = {"step": done, "seconds": round(self.elapsed(), 3), **means}
-            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            path = self.folder / LOG
+            with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def check_finite(self, **values: float) -> None:
@@ -276,12 +341,20 @@ class Run:
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; a last line cut by a crash is left out."""
-    lines = []
-    text = (Path(folder) / LOG).read_text(encoding="utf-8")
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):
-            lines.append(json.loads(line))
+    """The lines of a run's log; a last line cut by a crash is left out, and so are damaged ones,
+    whose number it says."""
+    path = Path(folder) / LOG
+    lines, damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue
+        try:
+            value = json.loads(line)
+            lines.append({**value, "step": int(value["step"])})
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        tqdm.write(f"{path}: {damaged} damaged line(s) left out", file=sys.stderr)
     return lines
 
 

@@ -103,6 +103,48 @@ def test_missing_file(tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files: files.clear(), r"manifest\.json is damaged: it lacks .*'state\.json'"),
+        (lambda files: files.pop("model.safetensors"), r"it lacks \['model\.safetensors'\]"),
+    ],
+)
+def test_a_manifest_that_leaves_files_out_is_refused(tmp_path, change, message):
+    path = save(tmp_path, 2)
+    files = json.loads((path / "manifest.json").read_text())
+    change(files)
+    (path / "manifest.json").write_text(json.dumps(files))
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")]
+)
+def test_a_full_disk_is_told_with_the_place(tmp_path, error):
+    def full(path):
+        raise error
+
+    with pytest.raises(OSError, match=r"x\.json could not be written: .*No space left"):
+        write_file(tmp_path / "x.json", full)
+    told = pytest.raises(OSError, match=r"index could not be written: .*No space left")
+    with told, replacing(tmp_path / "index") as folder:
+        full(folder)
+
+
+def test_what_a_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
+    """In a container numbers are the same at every start."""
+    for kind in ("partial", "retired"):
+        (tmp_path / f".index.{kind}-{os.getpid()}").mkdir()
+        (tmp_path / f".index.{kind}-{os.getpid()}" / "file").write_text("old")
+    (tmp_path / "index").mkdir()
+    with replacing(tmp_path / "index") as folder:
+        (folder / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert (tmp_path / "index" / "file").read_text() == "new"
+
+
 def test_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     first = save(tmp_path, 1)
 

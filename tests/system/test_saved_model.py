@@ -88,6 +88,15 @@ def test_reload_is_identical(tiny_model, pictures, tmp_path):
     assert loaded.image_settings == tiny_model.image_settings
 
 
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_damaged_weights_are_named(tiny_model, tmp_path, size):
+    tiny_model.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"model: its weights are damaged: "):
+        MocaModel.from_pretrained(tmp_path / "model")
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_other_attention_takes_documents_apart(tiny_model, pictures, tmp_path, implementation):
     items = ["a text", pictures[0], ["a", pictures[1], "b", pictures[2]], "z"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -353,10 +354,95 @@ def test_processes_that_prepare_batches_outlive_a_signal(number):
     numbers = torch.utils.data.TensorDataset(torch.arange(40))
     loader = load_batches(numbers, range(40), workers=2)
     found = [next(loader), next(loader)]  # one of each, so both have begun
-    for worker in loader._workers:
+    for worker in multiprocessing.active_children():
         os.kill(worker.pid, number)
     found += loader
     assert [int(value) for (value,) in found] == list(range(40))
+
+
+def test_a_program_that_fails_with_batches_under_way_ends():
+    """What multiprocessing sends the others at exit is the signal that they ignore."""
+    code = (
+        "import torch; from moca.run import load_batches\n"
+        "data = torch.utils.data.TensorDataset(torch.arange(40))\n"
+        "def run():\n"
+        "    batches = load_batches(data, range(40), workers=2)\n"
+        "    next(batches), 1 / 0\n"
+        "run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+class Slow(torch.utils.data.Dataset):
+    def __getitem__(self, number: int) -> int:
+        time.sleep(30 * (number == 1))
+        return number
+
+
+def test_a_batch_that_never_comes_is_told(monkeypatch):
+    monkeypatch.setattr("moca.run.PATIENCE", 2)
+    batches = load_batches(Slow(), range(2), workers=1)
+    assert next(batches) == 0
+    with pytest.raises(RuntimeError, match=r"no batch came in 2 seconds .* workers=0"):
+        next(batches)
+
+
+def test_two_processes_never_write_to_one_folder(data, tmp_path):
+    """A lock of another process: one of this process would not count."""
+    contrast(contrast_config(data, tmp_path / "run", steps=2))
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True); sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout.readline() == b"held\n"
+    resumed = contrast_config(data, tmp_path / "run", steps=3, resume=True)
+    with pytest.raises(ConfigError, match=r"output: another process writes to .*run"):
+        contrast(resumed)
+    holder.communicate()
+    contrast(resumed)
+
+
+@pytest.mark.parametrize("train, make", [(pretrain, cpt_config), (contrast, contrast_config)])
+def test_an_output_that_cannot_be_made_is_refused_first(data, tmp_path, train, make):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output: .*run.* cannot be made: .*file: Not a dir"):
+        train(make({**data, "model": "nowhere"}, tmp_path / "file" / "run"))
+
+
+def test_the_decoder_is_there_before_the_model_is(data, tmp_path, monkeypatch):
+    """Who finds the model takes stage 1 for done."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MocaModel, "save_pretrained", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cpt_config(data, tmp_path / "run", steps=1))
+    monkeypatch.undo()
+    pretrain(cpt_config(data, tmp_path / "run", steps=1, resume=True))
+    load_objective(tmp_path / "run")
+    monkeypatch.setattr("moca.pretrain.write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cpt_config(data, tmp_path / "other", steps=1))
+    assert not (tmp_path / "other" / "model").exists()
+
+
+@pytest.mark.parametrize("config", ["", "[1", "- 1"])
+def test_a_damaged_log_or_config_keeps_no_run_from_going_on(data, tmp_path, config, capsys):
+    contrast(contrast_config(data, tmp_path / "run", steps=2))
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(b'\0\0\n\n{"st\n[1]\n' + log.read_bytes() + b'{"step": 3')
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    contrast(contrast_config(data, tmp_path / "run", steps=4, resume=True))
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4]
+    said = capsys.readouterr()
+    assert "4 damaged line(s) left out" in said.err
+    assert "what has changed is not known" in said.err + said.out
 
 
 def test_a_signal_to_all_processes_is_the_runs_to_answer(data, tmp_path):
