@@ -31,7 +31,7 @@ class CheckpointError(RuntimeError):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors in the block say that `path` could not be written: of a full disk they name nothing.
+    """Errors of the system in the block say what could not be written: of a full disk they do not.
 
     Raises:
         OSError: also where safetensors has an error of its own.
@@ -39,7 +39,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
             raise
         raise OSError(f"{path} could not be written: {error}") from error
 

@@ -139,11 +139,9 @@ class MocaModel(nn.Module):
         tokenizer, image_settings, settings = read_directory(directory)
         try:
             vlm = AutoModelForImageTextToText.from_pretrained(
-                directory,
-                attn_implementation=attn_implementation,
-                dtype="auto" if dtype is None else dtype,
-                trust_remote_code=False,
-            )
+                directory, attn_implementation=attn_implementation,
+                dtype="auto" if dtype is None else dtype, trust_remote_code=False,
+            )  # fmt: skip
         except SafetensorError as error:
             raise ValueError(f"{directory}: its weights are damaged: {error}") from error
         return cls(
