@@ -1,4 +1,5 @@
-"""What ops share that make gradients in the forward: of a sum, so the backward only scales them."""
+"""What ops share that make gradients in the forward, of the mean or sum that they return: where the
+backward starts from that, they are done, and else it only scales them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,16 @@ def held_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
     return min(max(tenth, PART_ROWS // 2), PART_ROWS)
 
 
+def total(loss: Tensor, rows: int, mean: bool) -> Tensor:
+    """The sum of the losses (), or their mean over `rows` of them."""
+    return loss.sum() / max(rows, 1) if mean else loss.sum()
+
+
+def shares(loss: Tensor, rows: int, mean: bool) -> Tensor:
+    """The gradient of `total` by each of the losses, in their shape."""
+    return torch.full_like(loss, 1 / max(rows, 1) if mean else 1.0)
+
+
 def keep_gradients(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """Keeps output[1:], the gradients that an op has made of its loss, output[0]."""
     ctx.mark_non_differentiable(*output[1:])
@@ -61,6 +72,7 @@ def scaled_gradients(
     ctx: Any, op: Any, d_loss: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """The gradients that `op` made, times d_loss (), in their own memory; None where not needed.
+    On a CPU, times 1 is no work.
 
     The first backward gives what was kept away, so another one (retain_graph) makes it again.
 
@@ -75,6 +87,9 @@ def scaled_gradients(
     if gradients is None:
         saved = zip(ctx.saved_tensors, ctx.settings, strict=True)
         gradients = op(*(other if tensor is None else tensor for tensor, other in saved))[1:]
+    # Of other tensors, as torch.compile traces with, no value is to be read.
+    if d_loss.device.type == "cpu" and type(d_loss) is Tensor and d_loss.item() == 1:
+        return tuple(grad if need else None for grad, need in zip(gradients, needs, strict=True))
     return tuple(
         torch.mul(
             grad,

@@ -31,10 +31,10 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
     return _in_order(grads, scores.x)
 
 
-def forward_with_gradients(needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
+def forward_with_gradients(needs: list[bool], mean: bool, *tensors: Any) -> tuple[Tensor, ...]:
     scores = _scores(*tensors)
-    loss, grads = softmax_scores.forward_with_gradients(scores, _needs(needs))
-    return loss.sum(), *_in_order(grads, scores.x)
+    loss, grads = softmax_scores.forward_with_gradients(scores, _needs(needs), mean)
+    return loss, *_in_order(grads, scores.x)
 
 
 def _scores(

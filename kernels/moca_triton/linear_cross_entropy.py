@@ -52,11 +52,12 @@ def forward_with_gradients(
     bias: Tensor | None,
     ignore_index: int,
     needs: list[bool],
+    mean: bool,
 ) -> tuple[Tensor, ...]:
     rows = _counted(labels, weight.shape[0], ignore_index)
     scores = _scores(rows, hidden, weight, labels, bias)
-    loss, grads = softmax_scores.forward_with_gradients(scores, Needs(*needs))
-    return _spread(loss, rows, labels).sum(), *_in_order(grads, rows, hidden)
+    loss, grads = softmax_scores.forward_with_gradients(scores, Needs(*needs), mean)
+    return loss, *_in_order(grads, rows, hidden)
 
 
 def _counted(labels: Tensor, vocabulary: int, ignore_index: int) -> Tensor:

@@ -100,14 +100,15 @@ def backward(s: Scores, d_loss: Tensor, lse: Tensor, needs: Needs) -> Gradients:
     return sums.gradients()
 
 
-def forward_with_gradients(s: Scores, needs: Needs) -> tuple[Tensor, Gradients]:
-    """The loss (N,) of each row and the gradients of their sum, of scores that are made once."""
+def forward_with_gradients(s: Scores, needs: Needs, mean: bool) -> tuple[Tensor, Gradients]:
+    """The mean or sum of the rows' losses () and its gradients, of scores that are made once."""
     loss, lse = _empty_statistics(s)
-    ones, sums = torch.ones_like(loss), _Sums(s, needs)
+    count = max(s.x.shape[0], 1) if mean else 1
+    d_loss, sums = torch.full_like(loss, 1 / count), _Sums(s, needs)
     for chunk in _chunks(s):
         _statistics(s, chunk, loss, lse)
-        sums.add(chunk, ones, lse)
-    return loss, sums.gradients()
+        sums.add(chunk, d_loss, lse)
+    return loss.sum() / count, sums.gradients()
 
 
 class _Sums:

@@ -264,8 +264,9 @@ def test_opcheck(backend):
     bare = (query, document, target, temperature, None, None, None, backend)
     torch.library.opcheck(op, bare)
     together = torch.ops.moca_fast.info_nce_with_gradients.default
-    torch.library.opcheck(together, (*full, [True, False, False, True]))
-    torch.library.opcheck(together, (*bare, [True, False, False, True]))
+    for mean in (False, True):
+        torch.library.opcheck(together, (*full, [True, False, False, True], mean))
+        torch.library.opcheck(together, (*bare, [True, False, False, True], mean))
 
 
 def test_compiles_whole():

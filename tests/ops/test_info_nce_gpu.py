@@ -162,10 +162,10 @@ def test_opcheck(backend):
     full = (query, document, target, temperature, hard, ids[target], ids, backend)
     torch.library.opcheck(torch.ops.moca_fast.info_nce.default, full)
     together = torch.ops.moca_fast.info_nce_with_gradients.default
-    torch.library.opcheck(together, (*full, [True, False, False, True]))
+    torch.library.opcheck(together, (*full, [True, False, False, True], False))
     document.requires_grad_()
     bare = (query, document, target, temperature, None, None, None, backend)
-    torch.library.opcheck(together, (*bare, [True, True, False, True]))
+    torch.library.opcheck(together, (*bare, [True, True, False, True], True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -199,10 +199,10 @@ query, document, hard = torch.empty(9, 64), torch.empty(97, 64), torch.empty(9, 
 target, temperature, ids = torch.arange(9), torch.tensor(0.1), torch.arange(97)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     states = query.to(dtype), document.to(dtype), target, temperature
-    backend.forward_with_gradients([True] * 2 + [False] * 2, *states, None, None, None)
+    backend.forward_with_gradients([True] * 2 + [False] * 2, True, *states, None, None, None)
     own = hard.to(dtype), target, ids
-    backend.forward_with_gradients([True] * 4, *states, *own)
-    backend.forward_with_gradients([False, False, True, False], *states, *own)
+    backend.forward_with_gradients([True] * 4, True, *states, *own)
+    backend.forward_with_gradients([False, False, True, False], True, *states, *own)
 """)
     for arch in (80, 90):
         names = [kernel.name for kernel in kernels if kernel.arch == arch]

@@ -143,7 +143,7 @@ def test_opcheck(backend):
     for needs in ([True, False, False], [True, True, True]):
         weight.requires_grad_(needs[1])
         bias.requires_grad_(needs[2])
-        call = (hidden, weight, labels, bias, IGNORED, backend, needs)
+        call = (hidden, weight, labels, bias, IGNORED, backend, needs, needs[1])
         torch.library.opcheck(ops.linear_cross_entropy_with_gradients.default, call)
 
 
@@ -188,7 +188,7 @@ hidden, weight, labels = torch.empty(9, 64), torch.empty(4099, 64), torch.arange
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for bias in (None, torch.empty(4099, dtype=dtype)):
         call = (hidden.to(dtype), weight.to(dtype), labels, bias, -100)
-        backend.forward_with_gradients(*call, [True, True, bias is not None])
+        backend.forward_with_gradients(*call, [True, True, bias is not None], True)
 """)
     for arch in (80, 90):
         names = [kernel.name for kernel in kernels if kernel.arch == arch]

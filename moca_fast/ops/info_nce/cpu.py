@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
-from moca_fast._gradients import held_rows
+from moca_fast._gradients import held_rows, shares, total
 from moca_fast._memory import empty_like
 from moca_fast._native import DTYPES, address, contiguous, unsupported_tensors
 from moca_fast.ops.info_nce.op import Inputs
@@ -33,17 +33,17 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
     return grads
 
 
-def forward_with_gradients(needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
+def forward_with_gradients(needs: list[bool], mean: bool, *tensors: Any) -> tuple[Tensor, ...]:
     inputs = _contiguous(tensors)
     queries, documents = inputs.query.shape[0], inputs.document.shape[0]
     loss = torch.empty(queries, dtype=torch.float32)
     lse = torch.empty(queries, dtype=torch.float64)
-    d_loss = torch.ones_like(loss)
+    d_loss = shares(loss, queries, mean)
     grads, addresses = _gradients(inputs, needs)
     held = held_rows(queries, documents, inputs.query.dtype)
     params = _params(lse, inputs)
     _C.info_nce_with_gradients(params, held, loss.data_ptr(), d_loss.data_ptr(), *addresses)
-    return loss.sum(), *grads
+    return total(loss, queries, mean), *grads
 
 
 def _gradients(inputs: Inputs, needs: list[bool]) -> tuple[tuple[Tensor, ...], list[int]]:

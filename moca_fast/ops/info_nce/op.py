@@ -19,6 +19,7 @@ from moca_fast._gradients import (
     keep_gradients,
     made_with_loss,
     scaled_gradients,
+    total,
 )
 from moca_fast._operator import operator
 
@@ -102,10 +103,9 @@ def info_nce(
         return torch.ops.moca_fast.info_nce(*call)[0]
     held = held_rows(query.shape[0], document.shape[0], query.dtype)
     if torch.is_grad_enabled() and any(needs) and made_with_loss(query, backend, held):
-        loss = torch.ops.moca_fast.info_nce_with_gradients(*call, needs)[0]
-    else:
-        loss = torch.ops.moca_fast.info_nce(*call)[0].sum()
-    return loss if reduction == "sum" else loss / max(query.shape[0], 1)
+        mean = reduction == "mean"
+        return torch.ops.moca_fast.info_nce_with_gradients(*call, needs, mean)[0]
+    return total(torch.ops.moca_fast.info_nce(*call)[0], query.shape[0], reduction == "mean")
 
 
 def inputs(
@@ -254,16 +254,17 @@ def _forward_with_gradients(
     document_ids: Tensor | None,
     backend: str,
     needs: list[bool],
+    mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the loss (), and its gradients by query, document, hard_negatives and temperature;
-    (0,) where not needed. The backward scales them where they lie.
+    """Mean or sum of the loss (), and its gradients by query, document, hard_negatives and
+    temperature; (0,) where not needed. The backward scales them where they lie.
 
     A backward that starts from the lse makes all scores again: four products in place of three.
     """
     tensors = (query, document, target, temperature, hard_negatives, query_ids, document_ids)
     _check_temperature(temperature)
     kernel = _dispatch.select(OP, backend, *tensors)
-    return kernel.forward_with_gradients(needs, *tensors)
+    return kernel.forward_with_gradients(needs, mean, *tensors)
 
 
 @_forward.register_fake
@@ -280,7 +281,7 @@ def _(d_loss, lse, *rest):
 
 @_forward_with_gradients.register_fake
 def _(*inputs):
-    *tensors, _backend, needs = inputs
+    *tensors, _backend, needs, _mean = inputs
     wanted = _with_gradient(*tensors)
     return wanted[-1].new_empty(()), *empty_gradients(wanted, needs)
 
@@ -300,15 +301,15 @@ def _autograd(ctx, d_loss, d_lse):
 
 
 def _keep_gradients(ctx, inputs, output):
-    ctx.needs = inputs[-1]
+    ctx.needs = inputs[-2]
     keep_gradients(ctx, inputs, output)
 
 
-def _autograd_of_sum(ctx, d_loss, *_):
+def _autograd_of_total(ctx, d_loss, *_):
     op = torch.ops.moca_fast.info_nce_with_gradients
     query, document, hard, temperature = scaled_gradients(ctx, op, d_loss, ctx.needs)
-    return query, document, None, temperature, hard, None, None, None, None
+    return query, document, None, temperature, hard, *(None,) * 5
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_forward_with_gradients.register_autograd(_autograd_of_sum, setup_context=_keep_gradients)
+_forward_with_gradients.register_autograd(_autograd_of_total, setup_context=_keep_gradients)

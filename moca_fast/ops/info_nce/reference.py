@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moca_fast._gradients import shares, total
 from moca_fast.ops.info_nce.op import Inputs
 
 CHUNK = 1024  # queries
@@ -59,9 +60,10 @@ def backward(d_loss: Tensor, lse: Tensor, needs: list[bool], *tensors: Any) -> t
     )
 
 
-def forward_with_gradients(needs: list[bool], *tensors: Any) -> tuple[Tensor, ...]:
+def forward_with_gradients(needs: list[bool], mean: bool, *tensors: Any) -> tuple[Tensor, ...]:
     loss, lse = forward(*tensors)
-    return loss.sum(), *backward(torch.ones_like(loss), lse, needs, *tensors)
+    rows = loss.shape[0]
+    return total(loss, rows, mean), *backward(shares(loss, rows, mean), lse, needs, *tensors)
 
 
 def _chunks(query: Tensor) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _C
-from moca_fast._gradients import held_rows
+from moca_fast._gradients import held_rows, shares, total
 from moca_fast._memory import empty_like
 from moca_fast._native import DTYPES, address, contiguous, unsupported_tensors
 
@@ -50,19 +50,20 @@ def forward_with_gradients(
     bias: Tensor | None,
     ignore_index: int,
     needs: list[bool],
+    mean: bool,
 ) -> tuple[Tensor, ...]:
     tensors = [contiguous(t) for t in (hidden, weight, labels, bias)]
     index = _counted(labels, ignore_index)
     loss = torch.zeros(labels.shape, dtype=torch.float32)
     lse = torch.empty(labels.shape, dtype=torch.float64)
-    d_loss = torch.ones_like(loss)
+    d_loss = shares(loss, index.shape[0], mean)
     grads, addresses = _gradients(hidden, weight, needs)
     held = held_rows(index.shape[0], weight.shape[0], hidden.dtype)
     params = _params(lse, index, *tensors)
     _C.linear_cross_entropy_with_gradients(
         params, held, loss.data_ptr(), d_loss.data_ptr(), *addresses
     )
-    return loss.sum(), *grads
+    return total(loss, index.shape[0], mean), *grads
 
 
 def _gradients(

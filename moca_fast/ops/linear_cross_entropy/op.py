@@ -75,9 +75,9 @@ def linear_cross_entropy(
         return torch.ops.moca_fast.linear_cross_entropy(*call)[0]
     held = held_rows(hidden.shape[0], weight.shape[0], hidden.dtype)
     if torch.is_grad_enabled() and any(needs) and made_with_loss(hidden, backend, held):
-        loss = torch.ops.moca_fast.linear_cross_entropy_with_gradients(*call, needs)[0]
-    else:
-        loss = torch.ops.moca_fast.linear_cross_entropy(*call)[0].sum()
+        mean = reduction == "mean"
+        return torch.ops.moca_fast.linear_cross_entropy_with_gradients(*call, needs, mean)[0]
+    loss = torch.ops.moca_fast.linear_cross_entropy(*call)[0].sum()
     return loss if reduction == "sum" else loss / (labels != ignore_index).sum().clamp(min=1)
 
 
@@ -160,14 +160,15 @@ def _forward_with_gradients(
     ignore_index: int,
     backend: str,
     needs: list[bool],
+    mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum of the loss (), and its gradients by hidden, weight and bias; (0,) where not needed. The
-    backward scales them where they lie.
+    """Mean over the counted rows or sum of the loss (), and its gradients by hidden, weight and
+    bias; (0,) where not needed. The backward scales them where they lie.
 
     A backward that starts from the lse makes all logits again: four products in place of three.
     """
     kernel = _dispatch.select(OP, backend, hidden, weight, labels, bias)
-    return kernel.forward_with_gradients(hidden, weight, labels, bias, ignore_index, needs)
+    return kernel.forward_with_gradients(hidden, weight, labels, bias, ignore_index, needs, mean)
 
 
 @_forward.register_fake
@@ -185,7 +186,7 @@ def _(d_loss, lse, hidden, weight, labels, bias, ignore_index, needs, backend):
 
 
 @_forward_with_gradients.register_fake
-def _(hidden, weight, labels, bias, ignore_index, backend, needs):
+def _(hidden, weight, labels, bias, ignore_index, backend, needs, mean):
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     return loss, *empty_gradients((hidden, weight, bias), needs)
 
@@ -205,15 +206,15 @@ def _autograd(ctx, d_loss, d_lse):
 
 
 def _keep_gradients(ctx, inputs, output):
-    ctx.needs = inputs[-1]
+    ctx.needs = inputs[-2]
     keep_gradients(ctx, inputs, output)
 
 
-def _autograd_of_sum(ctx, d_loss, *_):
+def _autograd_of_total(ctx, d_loss, *_):
     op = torch.ops.moca_fast.linear_cross_entropy_with_gradients
     hidden, weight, bias = scaled_gradients(ctx, op, d_loss, ctx.needs)
-    return hidden, weight, None, bias, None, None, None
+    return hidden, weight, None, bias, *(None,) * 4
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-_forward_with_gradients.register_autograd(_autograd_of_sum, setup_context=_keep_gradients)
+_forward_with_gradients.register_autograd(_autograd_of_total, setup_context=_keep_gradients)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moca_fast._gradients import shares, total
+
 CHUNK = 1024  # rows
 
 
@@ -62,10 +64,12 @@ def forward_with_gradients(
     bias: Tensor | None,
     ignore_index: int,
     needs: list[bool],
+    mean: bool,
 ) -> tuple[Tensor, ...]:
     inputs = (hidden, weight, labels, bias, ignore_index)
     loss, lse = forward(*inputs)
-    return loss.sum(), *backward(torch.ones_like(loss), lse, *inputs, needs)
+    rows = int((labels != ignore_index).sum())
+    return total(loss, rows, mean), *backward(shares(loss, rows, mean), lse, *inputs, needs)
 
 
 def _chunks(rows: Tensor) -> Iterator[Tensor]:
