@@ -38,10 +38,10 @@ PRELOAD_TCMALLOC = LD_PRELOAD="$$($(BIN)/python -m moca.quickstart.allocator)"
 .PHONY: quickstart compare test bench bench-smoke gpu sanitize cuda lint clean
 
 quickstart: $(VENV)/.quickstart
-	$(PRELOAD_TCMALLOC) $(BIN)/moca quickstart $(if $(DOCS),docs=$(DOCS)) $(ARGS)
+	$(PRELOAD_TCMALLOC) $(BIN)/moca quickstart $(if $(DOCS),"docs=$(DOCS)") $(ARGS)
 
 compare: $(VENV)/.quickstart
-	$(PRELOAD_TCMALLOC) $(BIN)/moca quickstart output=runs/compare compare=true $(if $(DOCS),docs=$(DOCS)) $(ARGS)
+	$(PRELOAD_TCMALLOC) $(BIN)/moca quickstart output=runs/compare compare=true $(if $(DOCS),"docs=$(DOCS)") $(ARGS)
 
 test: $(VENV)/.test $(TORCHVISION)
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,12 +1,17 @@
 """The command line: every command on a miniature, and what it says when it cannot."""
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
 from moca.cli import main
+from moca.quickstart.run import Quickstart
+from moca.run import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,39 @@ def test_missing_source_is_named(data, tmp_path, capsys):
     assert main(["embed", *arguments]) != 0
     assert "no.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "i").exists()
+
+
+def test_a_quickstart_without_data_takes_other_settings(tmp_path, capsys):
+    settings = ["quickstart", f"output={tmp_path}/run"]
+    for docs in ("absent", "typo"):
+        assert main([*settings, f"docs={tmp_path}/{docs}"]) == 1
+        assert f"HTML folder not found: {tmp_path}/{docs}" in capsys.readouterr().err
+    (tmp_path / "run/data").mkdir()
+    assert main([*settings, f"docs={tmp_path}/third"]) == 2
+    assert "holds a run with other settings (docs: " in capsys.readouterr().err
+
+
+def test_a_quickstart_refuses_the_folder_of_another_command(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("model: m\noutput: o\n")
+    assert main(["quickstart", f"output={tmp_path}"]) == 2
+    assert f"{tmp_path} exists and is no quickstart run: its config.yaml" in capsys.readouterr().err
+
+
+def test_a_quickstart_that_was_stopped_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
+    def stop(run):
+        raise Interrupted("stopped after step 86; go on with resume=true output=x/contrast")
+
+    monkeypatch.setattr(Quickstart, "prepare", stop)
+    assert main(["quickstart", f"output={tmp_path}/run"]) == 130
+    assert capsys.readouterr().err == (
+        "moca: stopped after step 86; call the same command again: it goes on from there\n"
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("goal", ["quickstart", "compare"])
+def test_make_takes_a_folder_with_a_blank(goal):
+    command = ["make", "--dry-run", "--always-make", goal, "DOCS=my dir"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert '"docs=my dir"' in done.stdout

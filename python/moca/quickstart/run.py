@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moca.checkpoint import write_file
+from moca.checkpoint import is_leftover, write_file
 from moca.config import (
     ConfigError,
     ContrastConfig,
@@ -40,7 +40,7 @@ from moca.quickstart.findings import gather
 from moca.quickstart.prepare import write_corpora
 from moca.quickstart.report import write_report
 from moca.retrieval import Scores, evaluate_pool
-from moca.run import CONFIG
+from moca.run import CONFIG, Interrupted
 from moca.saving import build_tokenizer
 
 # The miniature: small enough for two cores, large enough to learn from 50,000 pictures and names.
@@ -75,22 +75,25 @@ GLOSS_STRIDE = 8
 # Of the CNN, on each task; bounds its share of the time.
 BASELINE = BaselineSettings(steps=250)
 IMAGE_TASKS = ("caption-figure", "emoji")
+TIMES = "times.json"
 
 
 class Quickstart:
     """One run: its folder, and how long each stage took, over all its starts.
 
+    Settings may change until the data are there.
+
     Raises:
-        ConfigError: the folder holds a run with other settings, or a finished one.
+        ConfigError: the folder holds a run with other settings, a finished one, or something else.
     """
 
     def __init__(self, config: QuickstartConfig) -> None:
         self.config = config
         self.folder = Path(config.output)
-        path = self.folder / "config.yaml"
+        path = self.folder / CONFIG
         if path.exists():
-            earlier = load_config(QuickstartConfig, path)
-            if earlier != config:
+            earlier = self._earlier(path)
+            if earlier != config and self._begun():
                 raise ConfigError(
                     f"output: {self.folder} holds a run with other settings "
                     f"({_differ(earlier, config)}); give another output, or remove it"
@@ -104,11 +107,25 @@ class Quickstart:
             raise ConfigError(f"output: {self.folder} exists and is no quickstart run")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda temporary: save_config(config, temporary))
-        self.times: dict[str, float] = self._read("times.json") or {}
+        self.times: dict[str, float] = self._read(TIMES) or {}
 
     @property
     def report(self) -> Path:
         return self.folder / "report.html"
+
+    def _earlier(self, path: Path) -> QuickstartConfig:
+        try:
+            return load_config(QuickstartConfig, path)
+        except ConfigError:  # of another command, say
+            raise ConfigError(
+                f"output: {self.folder} exists and is no quickstart run: its {CONFIG} holds other "
+                "keys; give another output"
+            ) from None
+
+    def _begun(self) -> bool:
+        """Whether the folder holds more than what is written before any data are."""
+        names = {path.name for path in self.folder.iterdir() if not is_leftover(path)}
+        return bool(names - {CONFIG, TIMES})
 
     def stage(self, name: str, result: str, work: Callable[[], Any]) -> Any:
         """Run `work` unless `result` (a JSON file) exists; returns what it returned then or now."""
@@ -127,7 +144,7 @@ class Quickstart:
             yield
         finally:
             self.times[name] = self.times.get(name, 0.0) + time.monotonic() - began
-            self.write("times.json", self.times)
+            self.write(TIMES, self.times)
 
     def write(self, name: str, value: Any) -> None:
         text = json.dumps(value, indent=1)
@@ -260,8 +277,24 @@ class Quickstart:
 
 
 def quickstart(config: QuickstartConfig) -> Path:
-    """Run every stage that is not done yet; returns the path of the report."""
+    """Run every stage that is not done yet; returns the path of the report.
+
+    Raises:
+        ConfigError: as `Quickstart`.
+        Interrupted: stopped by a signal; the same call goes on from there.
+    """
     run = Quickstart(config)
+    try:
+        _run_stages(run)
+    except Interrupted as stop:
+        # What a stage says of itself holds for `moca cpt` and `moca contrast`.
+        what, _, _ = str(stop).partition(";")
+        raise Interrupted(f"{what}; call the same command again: it goes on from there") from None
+    return run.report
+
+
+def _run_stages(run: Quickstart) -> None:
+    config = run.config
     run.prepare()
     run.stage("evaluation before training", "untrained.json", lambda: run.evaluate("init"))
     run.train_stage1()
@@ -282,7 +315,6 @@ def quickstart(config: QuickstartConfig) -> Path:
         report = gather(run.folder, summary, time.strftime("%Y-%m-%d %H:%M"), tests)
         report.comparison = read_comparison(run.folder)
         write_report(run.report, report)
-    return run.report
 
 
 def _differ(earlier: QuickstartConfig, now: QuickstartConfig) -> str:
