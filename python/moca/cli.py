@@ -64,7 +64,7 @@ COMMANDS: dict[str, tuple[type, Callable, str]] = {
     "cpt": (CptConfig, _cpt, "stage 1: continual pre-training on interleaved documents"),
     "contrast": (ContrastConfig, _contrast, "stage 2: contrastive fine-tuning on pairs"),
     "embed": (EmbedConfig, _embed, "embed documents into an index folder"),
-    "eval": (EvalConfig, _eval, "retrieval metrics over held-out pairs"),
+    "eval": (EvalConfig, _eval, "metrics over held-out pairs, MMEB tasks and BEIR folders"),
     "quickstart": (QuickstartConfig, _quickstart, "the whole system on real data, in minutes"),
 }
 

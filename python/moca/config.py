@@ -3,7 +3,6 @@ heavy loads, and saved beside the run."""
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,9 @@ import yaml
 OnError = Literal["raise", "skip"]
 # Of products; weights stay as they are. auto: bf16 where the hardware multiplies it, else fp32.
 Precision = Literal["auto", "fp32", "bf16"]
+
+SEEDS = 2**63  # those of torch are 64-bit integers with a sign
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 class ConfigError(ValueError):
@@ -59,7 +61,8 @@ class RunConfig:
     def check(self) -> None:
         for name in ("steps", "max_length", "log_every", "save_every", "keep_checkpoints"):
             _at_least(self, name, 1)
-        for name in ("seed", "workers", "grad_clip", "weight_decay", "rotate", "muon_lr"):
+        _seed(self)
+        for name in ("workers", "grad_clip", "weight_decay", "rotate", "muon_lr"):
             _at_least(self, name, 0)
         for name in ("warmup", "flip", "shift"):
             _fraction(self, name)
@@ -76,7 +79,8 @@ class RunConfig:
 class CptConfig(RunConfig):
     """Stage 1, modality-aware continual pre-training (MoCa section 3.1)."""
 
-    documents: list[str] = field(default_factory=list)  # JSONL, Parquet, HTML folders, hub names
+    # JSONL, JSON, Parquet, HTML folders, hub names; one alone needs no brackets
+    documents: list[str] = field(default_factory=list)
     mlm_probability: float = 0.4  # of a text token to be masked
     mae_probability: float = 0.5  # of a merged image token to be masked
     mae_weight: float = 0.1  # w in L_MLM + w * L_MAE
@@ -184,6 +188,7 @@ class QuickstartConfig:
     compare: bool = False  # also train the comparisons about stage 1; takes several times as long
 
     def check(self) -> None:
+        _seed(self)
         _positive(self, "scale")
 
 
@@ -207,7 +212,9 @@ def load_config(
 ) -> Config:
     """Read `cls` from a YAML file and `key=value` overrides, checked.
 
-    Nested keys are written with dots (`pairs.gloss=gloss.jsonl`); values are YAML.
+    Nested keys are written with dots (`pairs.gloss=gloss.jsonl`). A text is taken as it is, less
+    one pair of quotes around it; so is a list of texts that does not begin with a bracket, which
+    then holds this one. Other values are YAML.
 
     Raises:
         ConfigError: an unreadable file, an unknown key (with the nearest name), a missing key,
@@ -223,7 +230,7 @@ def load_config(
             raise ConfigError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
         values.update(loaded)
     for override in overrides:
-        _apply_override(values, override)
+        _apply_override(values, override, typing.get_type_hints(cls))
     return from_dict(cls, values)
 
 
@@ -249,26 +256,37 @@ def save_config(config: Any, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str, hints: Mapping[str, Any]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"expected key=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: cannot read {text!r} as YAML: {error}") from error
     target = values
     *parents, last = key.split(".")
+    hint = hints.get(key.split(".")[0])
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise ConfigError(f"{key}: {parent!r} holds a single value, not keys of its own")
-    target[last] = value
+        hint = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    target[last] = _read_value(key, text, hint)
+
+
+def _read_value(key: str, text: str, hint: Any) -> Any:
+    """The value of an override; YAML would cut a text at ` #`, and read 2024 as a number."""
+    if text and (hint is str or (hint == list[str] and not text.lstrip().startswith("["))):
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if quoted else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: cannot read {text!r} as YAML: {error}") from error
 
 
 def _coerce(key: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, where nothing is lost by it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint == list[str] and isinstance(value, str):
+        return [value]
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
@@ -285,12 +303,12 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-3 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         else:
-            if math.isfinite(number):
+            if abs(number) <= FLOAT32_MAX:
                 return number
-            raise ConfigError(f"{key}: expected a finite number, got {value!r}")
+            raise ConfigError(f"{key}: expected a finite number in float32, got {value!r}")
     if hint in (int, bool, str) and type(value) is hint:
         return value
     raise ConfigError(f"{key}: expected {_type_name(hint)}, got {value!r}")
@@ -309,6 +327,12 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 def _at_least(config: Any, name: str, least: float) -> None:
     if not (value := getattr(config, name)) >= least:
         raise ConfigError(f"{name}: expected at least {least}, got {value}")
+
+
+def _seed(config: Any) -> None:
+    _at_least(config, "seed", 0)
+    if config.seed >= SEEDS:
+        raise ConfigError(f"seed: expected less than 2**63, got {config.seed}")
 
 
 def _positive(config: Any, name: str) -> None:

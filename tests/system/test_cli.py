@@ -88,6 +88,13 @@ def test_missing_source_is_named(data, tmp_path, capsys):
     assert not (tmp_path / "i").exists()
 
 
+def test_the_help_of_eval_names_all_it_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "held-out pairs, MMEB tasks and BEIR folders" in told
+
+
 def test_a_quickstart_without_data_takes_other_settings(tmp_path, capsys):
     settings = ["quickstart", f"output={tmp_path}/run"]
     for docs in ("absent", "typo"):

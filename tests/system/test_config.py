@@ -7,6 +7,7 @@ from moca.config import (
     ConfigError,
     ContrastConfig,
     CptConfig,
+    EmbedConfig,
     from_dict,
     load_config,
     save_config,
@@ -34,6 +35,41 @@ def test_nested_override():
     assert config.task_weights == {"gloss": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("My docs #2", "My docs #2"),
+        ("2024", "2024"),
+        ("2024-05-01", "2024-05-01"),
+        ("{a: b", "{a: b"),
+        ("'quoted #1'", "quoted #1"),
+        ('"', '"'),
+        ('""', ""),
+    ],
+)
+def test_texts_are_taken_as_they_are(text, value):
+    config = load_config(EmbedConfig, None, ["model=m", "source=s", f"output={text}"])
+    assert config.output == value
+    config = load_config(ContrastConfig, None, ["model=m", "output=o", f"pairs.x={text}"])
+    assert config.pairs == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("manual #2/", ["manual #2/"]), ("[a, 'b #2']", ["a", "b #2"]), ("[2024-x]", ["2024-x"])],
+)
+def test_one_source_needs_no_brackets(text, value):
+    config = load_config(CptConfig, None, ["model=m", "output=o", f"documents={text}"])
+    assert config.documents == value
+    assert from_dict(CptConfig, {**CPT, "documents": "a.jsonl"}).documents == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("key", ["source", "output"])
+def test_a_text_that_is_needed_is_not_empty(key):
+    with pytest.raises(ConfigError, match=f"{key}: expected str, got None"):
+        load_config(EmbedConfig, None, ["model=m", "source=s", "output=o", f"{key}="])
+
+
 def test_saved_config_reads_back(tmp_path):
     config = from_dict(CptConfig, {**CPT, "steps": 3, "flip": 0.25})
     save_config(config, tmp_path / "c.yaml")
@@ -54,11 +90,15 @@ def test_saved_config_reads_back(tmp_path):
         ({"muon_lr": 1e-3}, "muon_lr: needs optimizer=muon, got adamw"),
         ({"zoom": 1.0}, r"zoom: expected a number in \[0, 1\), got 1.0"),
         ({"mlm_probability": 1.4}, "mlm_probability: expected 0 to 1, got 1.4"),
-        ({"lr": float("nan")}, "lr: expected a finite number, got nan"),
+        ({"lr": float("nan")}, "lr: expected a finite number in float32, got nan"),
+        ({"lr": 1e300}, r"lr: expected a finite number in float32, got 1e\+300"),
+        ({"lr": 10**400}, "lr: expected float, got 1000"),
+        ({"seed": 2**63}, r"seed: expected less than 2\*\*63, got 9223372036854775808"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
         ({"lr": 0.0}, "lr: expected more than 0"),
         ({"betas": [0.9]}, "betas: expected two numbers"),
         ({"documents": []}, "documents: expected at least one source"),
-        ({"documents": "a.jsonl"}, "documents: expected list"),
+        ({"documents": 3}, "documents: expected list"),
     ],
 )
 def test_refused(values, message):
