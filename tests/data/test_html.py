@@ -202,6 +202,19 @@ def test_what_cannot_be_used_is_counted(tmp_path, odd_dds):
     assert sum(corpus.skipped.values()) == len(sources) - 2
 
 
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_images_beyond_the_limits_are_counted(tmp_path):
+    sizes = {"large": (12000, 9000), "huge": (20000, 10000), "long": (9000, 40), "rule": (9000, 2)}
+    for name, size in sizes.items():
+        PIL.Image.new("1", size).save(tmp_path / f"{name}.png")
+    picture(tmp_path, "good.png")
+    names = [*sizes, "good"]
+    figures = "".join(f"<figure><img src='{name}.png'></figure>" for name in names)
+    corpus = read(tmp_path, f"<h1>T</h1><p>text</p>{figures}")
+    assert [path.name for path in corpus.sections[0].body.images] == ["good.png"]
+    assert corpus.skipped == {"image too large": 2, "image too long": 1}
+
+
 def test_pages_that_are_broken_never_stop_the_reading(tmp_path):
     (tmp_path / "empty.html").write_text("")
     (tmp_path / "deep.html").write_text("<div>" * 9000 + "text")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 import lxml.etree
 import lxml.html
 import PIL.Image
+
+from moca.data.images import MAX_ASPECT_RATIO, MAX_DECODED_PIXELS
 
 
 def words(text: str) -> frozenset[str]:
@@ -201,12 +204,29 @@ def _probe(path: Path) -> tuple[int, int] | str:
     if path.suffix.lower() in (".svg", ".svgz"):
         return "image in a vector format"
     try:
-        with PIL.Image.open(path) as image:
+        with warnings.catch_warnings():
+            # Told in our own words.
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            opened = PIL.Image.open(path)
+        with opened as image:
+            if reason := _beyond_limits(*image.size):
+                return reason
             # Reading every pixel of every image would take longer than all the pages; the end of
             # the file shows the usual damage, a file cut short.
             return image.size if _is_complete(path, image.format or "") else "truncated image"
+    except PIL.Image.DecompressionBombError:
+        return "image too large"
     except Exception:  # of damaged files, decoders raise of every kind
         return "broken image"
+
+
+def _beyond_limits(width: int, height: int) -> str:
+    """Why an image of this size cannot be decoded or resized, or ""."""
+    if width * height > MAX_DECODED_PIXELS:
+        return "image too large"
+    # Of thin ones, rules and spacers are no figures anyway.
+    short, long = sorted((width, height))
+    return "image too long" if short >= MIN_SIDE and long > MAX_ASPECT_RATIO * short else ""
 
 
 def _is_complete(path: Path, image_format: str) -> bool:

@@ -92,9 +92,9 @@ def read_html_folder(
 ) -> HtmlCorpus:
     """Read every ``.html``, ``.htm`` and ``.xhtml`` page below a folder.
 
-    Images outside the folder, remote, missing, broken or in a format that cannot be decoded are
-    left out and counted in ``skipped``, and a warning says so; so it is with linked folders, pages
-    that cannot be parsed, and the rest of a page from where it cannot be parsed.
+    Images outside the folder, remote, missing, broken, too large, too long or in a format that
+    cannot be decoded are left out and counted in ``skipped``, and a warning says so; so it is with
+    linked folders, pages that cannot be parsed, and the rest of a page from where it cannot be.
 
     Args:
         folder: the folder; pages are read in the order of their paths.
