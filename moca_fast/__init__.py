@@ -4,6 +4,7 @@ Dims used throughout: B documents, T packed tokens, H / Hkv query / key-value he
 N patches, P values a patch, V vocabulary, M gathered documents (or masked patches).
 """
 
+from moca_fast import nn
 from moca_fast._dispatch import backends, explain, use_backend
 from moca_fast._memory import empty_cache
 from moca_fast.flash_attn import flash_attn_varlen_func
@@ -32,6 +33,7 @@ __all__ = [
     "linear_cross_entropy",
     "masked_patch_mse",
     "mrope",
+    "nn",
     "patchify",
     "pool",
     "use_backend",

@@ -66,6 +66,11 @@ def test_package_roots_have_no_init_of_their_own():
     assert not (ROOT / "python" / "__init__.py").exists()
 
 
+def test_the_modules_are_there_after_one_import():
+    code = "import moca_fast; moca_fast.nn.InfoNCELoss()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_reading_a_configuration_loads_no_framework():
     code = (
         "import sys, moca.cli, moca.config; "
