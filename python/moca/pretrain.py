@@ -169,6 +169,12 @@ class CptBatches(Dataset):
         if not self.pieces:
             raise ConfigError("documents: the sources hold no documents")
         self.costs = [document_cost(len(piece), piece.image_tokens) for piece in self.pieces]
+        most, worst = max(zip(self.costs, self.pieces, strict=True), key=lambda pair: pair[0])
+        if most > config.batch_cost:
+            raise ConfigError(
+                f"batch_cost: expected at least {most}, the cost of {worst.name}, "
+                f"got {config.batch_cost}"
+            )
         self._epochs: list[list[list[int]]] = []
 
     def _indices(self, number: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The command line: every command on a miniature, and what it says when it cannot."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_train_both_stages(data, tmp_path, capsys):
     assert main(["contrast", str(path), "batch_size=4", *common]) == 0
     assert (tmp_path / "cl/model/model.safetensors").exists()
     assert "hard_negatives: 2" in (tmp_path / "cl/config.yaml").read_text()
+
+
+def test_a_budget_below_the_cost_of_a_record_is_named(data, tmp_path, capsys):
+    settings = [f"model={data['model']}", f"documents={data['documents']}", "precision=fp32"]
+    assert main(["cpt", *settings, f"output={tmp_path}/o", "steps=2", "batch_cost=10"]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"batch_cost: expected at least \d+, the cost of documents\.jsonl line \d+, "
+                     "got 10", told)  # fmt: skip
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
