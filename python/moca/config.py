@@ -105,7 +105,8 @@ class CptConfig(RunConfig):
 class ContrastConfig(RunConfig):
     """Stage 2, heterogeneous contrastive fine-tuning (MoCa section 3.2)."""
 
-    pairs: dict[str, str] = field(default_factory=dict)  # task name: source of its pairs
+    # task name: source of its pairs; a folder of HTML has title-section and caption-figure alone
+    pairs: dict[str, str] = field(default_factory=dict)
     batch_size: int = 24  # pairs a process and step
     task_batch_sizes: dict[str, int] = field(default_factory=dict)  # where a task's differs
     task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; default: size
@@ -156,7 +157,8 @@ class EvalConfig:
     """Metrics of a saved model over held-out pairs, MMEB tasks and BEIR folders."""
 
     model: str
-    pairs: dict[str, str] = field(default_factory=dict)  # task name: source of its pairs
+    # task name: source of its pairs; a folder of HTML has title-section and caption-figure alone
+    pairs: dict[str, str] = field(default_factory=dict)
     mmeb: dict[str, str] = field(default_factory=dict)  # task name: file of MMEB-eval rows
     beir: dict[str, str] = field(default_factory=dict)  # task name: corpus, queries and qrels
     output: str = ""  # a JSON file for the metrics; empty prints only

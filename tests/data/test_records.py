@@ -85,6 +85,16 @@ def test_interleaved_record(tmp_path):
     assert document_from_record({"text": "<image>", "images": array}).images == (b"one",)
 
 
+def test_a_record_may_name_its_document():
+    def name(value):
+        return document_from_record({"text": "t", "name": value}, name="row 1").name
+
+    assert name(" page.html:\nLayers") == "page.html: Layers"
+    assert [name(value) for value in ("", " ", None, 7)] == ["row 1"] * 4
+    with pytest.raises(ValueError, match="row 1: 1 image marker"):
+        document_from_record({"text": IMAGE_MARKER, "name": "page"}, name="row 1")
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

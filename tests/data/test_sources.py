@@ -118,7 +118,9 @@ def test_html_folder(tmp_path, picture):
     assert [pair.task for pair in load_pairs(folder)] == ["title_section", "caption_figure"]
     [pair] = load_pairs(str(folder), task="caption_figure", on_error="skip")
     assert pair.query.text == "A red boat"
-    with pytest.raises(ValueError, match=r"task must be one of .*got 'other'"):
+    [pair] = load_pairs(folder, task="title-section")
+    assert (pair.query.text, pair.task) == ("Boats", "title-section")
+    with pytest.raises(ValueError, match=r"pages must be one of .*'caption_figure'\], got 'other'"):
         load_pairs(folder, task="other")
 
 
@@ -200,6 +202,23 @@ def test_bad_images_are_skipped_counted_and_reported(tmp_path, picture, caplog):
     assert all(word in reasons for word in ("cut.png", "aspect ratio", "not found: "))
     assert sum(source.skipped.values()) == 3
     assert len(list(load_pairs(path))) == 5
+
+
+def test_faults_of_a_kind_are_one_reason(tmp_path):
+    lines = [b'{"text": "a"', b'{"text": "long"', b'{"text": "\xff"}', b'{"text": "a\xff"}']
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    source = load_documents(path, on_error="skip")
+    assert not list(source)
+    assert source.skipped == {
+        "bad JSON: Expecting ',' delimiter": 2,
+        "not UTF-8: invalid start byte": 2,
+    }
+    records = [{"text": "<image>", "images": [image]} for image in (b"no", b"image")]
+    named = [record | {"name": f"page {i}"} for i, record in enumerate(records)]
+    source = load_documents(write(tmp_path / "d.parquet", records + named), on_error="skip")
+    assert not list(source)
+    assert source.skipped == {"cannot read image in memory: its format is unknown": 4}
 
 
 def test_hub_data_sets_never_run_remote_code(monkeypatch):

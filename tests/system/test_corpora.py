@@ -11,13 +11,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from moca.data.images import decode
+from moca.data.images import ImageSettings, decode
 from moca.data.records import IMAGE_MARKER, Document, Pair
+from moca.data.sources import load_documents
 from moca.quickstart import allocator, emojis, fetch, wordnet
 from moca.quickstart.baseline import Baseline, BaselineSettings, gram_ids, load_square, run_baseline
 from moca.quickstart.corpora import load_corpora
 from moca.quickstart.fetch import PACKAGES, FetchError, fetch_debian
 from moca.quickstart.manual import test_pages as pages_to_hold
+from moca.quickstart.prepare import write_corpora
 from moca.quickstart.splits import Pictures, keep_images, text_key, unique_items, without_leaks
 
 OWN_FOLDER = "`make quickstart DOCS=path/to/html/folder` uses any folder of HTML pages"
@@ -333,6 +335,14 @@ def test_prompts_stand_before_queries_and_documents(manual):
         assert after.positive.text == f"Represent the given image: {IMAGE_MARKER}"
     with pytest.raises(ValueError, match="captions"):
         load_corpora(docs=manual, progress=False, prompts={"captions": ("a", "b")})
+
+
+def test_written_documents_keep_their_names(manual, tmp_path):
+    corpora = load_corpora(docs=manual, progress=False)
+    write_corpora(corpora, tmp_path / "data", ImageSettings(), lambda items, label: items)
+    written = load_documents(tmp_path / "data/documents/manual.parquet")
+    names = [document.name for document in corpora.documents["manual"]]
+    assert [document.name for document in written] == names
 
 
 def test_small_tasks_are_left_out_and_said_so(tmp_path):

@@ -127,7 +127,7 @@ def decode(image: ImageLike, name: str = "") -> PIL.Image.Image:
             unknown range (mode I or F); names the record.
     """
     where = f"{name}: " if name else ""
-    label = f"{len(image)} bytes" if isinstance(image, bytes) else repr(image)
+    label = "in memory"
     if isinstance(image, PIL.Image.Image):
         return _decoded(image, upright=False, message=f"{where}cannot read image {label}")
     if isinstance(image, bytes):
@@ -141,6 +141,8 @@ def decode(image: ImageLike, name: str = "") -> PIL.Image.Image:
         source, label = path, str(path)
     try:
         opened = PIL.Image.open(source)
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"{where}cannot read image {label}: its format is unknown") from error
     except Exception as error:  # of damaged files, decoders raise of every kind
         raise ValueError(f"{where}cannot read image {label}: {error}") from error
     with opened:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,10 @@ def document_from_record(
     """Read an interleaved record: ``{"text": str, "images": [bytes | {"bytes", "path"} | path]}``.
 
     Args:
-        record: the record; ``images`` may be left out when the text has no marker.
+        record: the record; ``images`` may be left out when the text has no marker. A string
+            ``name`` names the document, in search results too.
         root: folder against which relative image paths are taken.
-        name: where the record came from, for error messages.
+        name: where the record came from, for error messages, and the name of one without.
 
     Raises:
         ValueError: a missing field or one of another type, neither text nor image, or markers and
@@ -169,7 +170,9 @@ def document_from_record(
     document = Document(_with_markers(text, bool(images)), images, name)
     if document.empty:
         raise ValueError(f"{where}: field 'text' is empty and 'images' gives no image")
-    return document
+    own = record.get("name")
+    own = " ".join(own.split()) if isinstance(own, str) else ""
+    return replace(document, name=own) if own else document
 
 
 def pair_from_record(

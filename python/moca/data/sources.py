@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -33,6 +34,8 @@ _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?")
 # Parquet rows turned into Python objects at a time; a row may hold several images.
 _PARQUET_ROWS = 64
 _HTML_TASKS = ("title_section", "caption_figure")
+# Tells two faults of a kind apart: "(column 7)", "(line 2, column 7)", "(byte 9)".
+_DETAIL = re.compile(r" \([^()]*\d[^()]*\)$")
 
 
 def check_images(document: Document) -> None:
@@ -54,7 +57,8 @@ class Records(Generic[Item]):
             ValueError for a bad one. The default decodes its images.
 
     Attributes:
-        skipped: reasons of the records left out in the last iteration, with their counts.
+        skipped: reasons of the records left out in the last iteration, with their counts; without
+            the record's name and the place in it, so that faults of a kind count together.
     """
 
     def __init__(
@@ -80,10 +84,11 @@ class Records(Generic[Item]):
                 continue
             try:
                 item = make()
+                name = item.name  # its own, where it has one
                 for document in _documents(item):
                     self.check(document)
             except ValueError as error:
-                self.skipped[str(error).removeprefix(f"{name}: ")] += 1
+                self.skipped[_DETAIL.sub("", str(error).removeprefix(f"{name}: "))] += 1
                 logger.debug("skipped %s", error)
             else:
                 yield item
@@ -152,8 +157,8 @@ def load_pairs(
         split: split of a hub data set.
         image_root: folder of relative image paths; default the folder of the file.
         task: the task of the pairs; default the record's own ``task`` field, else the name of the
-            file, folder or subset. Of an HTML folder: "title_section" or "caption_figure" reads
-            only these, None reads both.
+            file, folder or subset. Of an HTML folder: "title_section" or "caption_figure", also
+            with a hyphen, reads only these, None reads both.
         on_error, check: what a bad record does, and what else makes one bad; see `Records`.
         streaming: read a hub data set as it downloads.
 
@@ -164,9 +169,10 @@ def load_pairs(
     """
     path = _local(source)
     if path is not None and _is_html(path):
-        if task is not None and task not in _HTML_TASKS:
+        if task is not None and task.replace("-", "_") not in _HTML_TASKS:
             raise ValueError(
-                f"{path}: task must be one of {list(_HTML_TASKS)} or None, got {task!r}"
+                f"{path}: task of a folder of HTML pages must be one of {list(_HTML_TASKS)}, "
+                f"got {task!r}"
             )
         return _fixed(path, _html_pairs(path, task), on_error, check)
     rows = _rows(source, path, split, streaming)
@@ -282,8 +288,9 @@ def _html_pairs(path: Path, task: str | None) -> list[Pair]:
         zip(_HTML_TASKS, (html.title_section_pairs, html.caption_figure_pairs), strict=True)
     )
     corpus = html.read_html_folder(path)
-    kinds = makers.values() if task is None else [makers[task]]
-    return [pair for pairs in kinds for pair in pairs(corpus)]
+    if task is None:
+        return [pair for pairs in makers.values() for pair in pairs(corpus)]
+    return [replace(pair, task=task) for pair in makers[task.replace("-", "_")](corpus)]
 
 
 # The name of a record, what reads it, and the folder of its relative paths.
@@ -319,7 +326,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 name = f"{file.name} line {number}"
-                yield name, partial(_json, line, f"{file} line {number}")
+                yield name, partial(_json, line, name)
 
 
 def _json_array(file: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -341,7 +348,7 @@ def _json(content: bytes, place: str) -> Any:
         within = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"{place}: bad JSON: {error.msg} ({within}column {error.colno})") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8: {error}") from None
+        raise ValueError(f"{place}: not UTF-8: {error.reason} (byte {error.start})") from None
     except (ValueError, RecursionError) as error:  # a number of too many digits, or deep nesting
         raise ValueError(f"{place}: bad JSON: {error}") from None
 

@@ -61,12 +61,14 @@ def write_corpora(
         for source, documents in corpora.documents.items():
             rows = [
                 {
+                    "name": document.name,
                     "text": document.text,
                     "images": [store(image, document.name)[1] for image in document.images],
                 }
                 for document in progress(documents, f"writing {source} documents")
             ]
-            schema = pa.schema([("text", pa.string()), ("images", pa.list_(pa.binary()))])
+            images = pa.list_(pa.binary())
+            schema = pa.schema([("name", pa.string()), ("text", pa.string()), ("images", images)])
             table = pa.Table.from_pylist(rows, schema)
             pq.write_table(table, data / "documents" / f"{source}.parquet")
         train = {task.name: task.train for task in corpora.tasks}
