@@ -136,6 +136,12 @@ class MocaModel(nn.Module):
             OSError, ValueError: a directory that is missing, incomplete or of another kind.
             RuntimeError: the model is still causal, or documents of one pack see each other.
         """
+        folder = Path(directory)
+        if (folder / "model/config.json").is_file() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder}: expected a model directory, but it has no config.json; did you mean "
+                f"{folder / 'model'}?"
+            )
         tokenizer, image_settings, settings = read_directory(directory)
         try:
             vlm = AutoModelForImageTextToText.from_pretrained(
@@ -375,13 +381,8 @@ def build_model(
 
 
 _CONFIG_TOKENS = (
-    "endoftext",
-    "im_start",
-    "im_end",
-    "image_pad",
-    "video_pad",
-    "vision_start",
-    "vision_end",
+    *("endoftext", "im_start", "im_end"),
+    *("image_pad", "video_pad", "vision_start", "vision_end"),
 )
 
 

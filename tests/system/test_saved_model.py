@@ -200,3 +200,10 @@ def test_missing_directory_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         MocaModel.from_pretrained(tmp_path / "empty")
+
+
+def test_a_run_folder_is_told_from_its_model(tmp_path):
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=f"did you mean {tmp_path}/run/model\\?"):
+        MocaModel.from_pretrained(tmp_path / "run")
