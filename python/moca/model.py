@@ -139,8 +139,7 @@ class MocaModel(nn.Module):
         folder = Path(directory)
         if (folder / "model/config.json").is_file() and not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"{folder}: expected a model directory, but it has no config.json; did you mean "
-                f"{folder / 'model'}?"
+                f"{folder}: expected a model, got the folder of a run; did you mean {folder}/model?"
             )
         tokenizer, image_settings, settings = read_directory(directory)
         try:
