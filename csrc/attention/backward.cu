@@ -38,15 +38,15 @@ template <typename S, bool kMasked>
 __device__ void make_gradients(typename S::Scores& scores, typename S::Scores& d_weights,
                                const AttentionCudaParams& p, const Work& work, int64_t head,
                                int row, int column) {
-  const Seen seen(S::kHoldsKeys ? p.keys : p.queries, work, row);
-  RowSums sums[2];
-  if constexpr (!S::kHoldsKeys) load_row_sums(sums, p, work, row);
+  const RowSpans seen(S::kHoldsKeys ? p.keys : p.queries, work, row);
+  RowTerms sums[2];
+  if constexpr (!S::kHoldsKeys) load_row_terms(sums, p, work, row);
 #pragma unroll
   for (int n = 0; n < S::kColumns / 8; ++n) {
     const int at = column + 8 * n + threadIdx.x % 4 * 2;
     if constexpr (S::kHoldsKeys) {
-      sums[0] = row_sums(p, head, at, at < work.end);
-      sums[1] = row_sums(p, head, at + 1, at + 1 < work.end);
+      sums[0] = row_terms(p, head, at, at < work.end);
+      sums[1] = row_terms(p, head, at + 1, at + 1 < work.end);
     }
     weigh<S::kHoldsKeys>(scores[0][n], sums, p.softmax_scale * kLog2e);
     if constexpr (kMasked) hide(scores[0][n], seen, at);

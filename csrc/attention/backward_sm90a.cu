@@ -27,7 +27,7 @@ struct Sizes {
   // Held are two tiles; a stage is two tiles, and where they are queries their sums.
   static constexpr int kHeldBytes = 2 * Held::kBytes, kTileBytes = 2 * Streamed::kBytes;
   static constexpr int kStageBytes = kTileBytes + 1024 * kHoldsKeys;
-  static_assert(kColumns * sizeof(RowSums) <= 1024);
+  static_assert(kColumns * sizeof(RowTerms) <= 1024);
   // Offsets in shared memory, from a multiple of 1024.
   static constexpr int kStagesAt = kHeldBytes, kOutputAt = kStagesAt + kStages * kStageBytes;
   static constexpr int kBarriersAt = kOutputAt + Shared::kBytes;
@@ -128,8 +128,8 @@ __device__ void produce_sums(const AttentionCudaParams& p, Ring<S::kStages>& rin
       p, [](const Work&) {},
       [&](int head, int column, int end) {
         ring.wait_empty();
-        store_row_sums(ring.address() + S::kTileBytes, at,
-                       row_sums(p, head, column + at, column + at < end));
+        store_row_terms(ring.address() + S::kTileBytes, at,
+                        row_terms(p, head, column + at, column + at < end));
         __syncwarp();
         if (at % 32 == 0) ptx::arrive(ring.full_barrier());
         ring.next();
@@ -152,8 +152,8 @@ __device__ void accumulate(const AttentionCudaParams& p, const Work& work, Rings
   const float scale = p.softmax_scale * kLog2e;
   typename S::Scores scores, d_weights;
   uint32_t operand[S::kColumns / 16][4];
-  RowSums sums[2];
-  if constexpr (!S::kHoldsKeys) load_row_sums(sums, p, work, warp_row);
+  RowTerms sums[2];
+  if constexpr (!S::kHoldsKeys) load_row_terms(sums, p, work, warp_row);
   rings.held.wait_full();
   const PairOfTiles<typename S::Held> held(rings.held.address());
   for (int step = 0, block = 0; step < steps; ++step) {
@@ -164,7 +164,7 @@ __device__ void accumulate(const AttentionCudaParams& p, const Work& work, Rings
 #pragma unroll
       for (int n = 0; n < S::kColumns / 8; ++n) {
         const int at = 8 * n + threadIdx.x % 4 * 2;
-        if constexpr (S::kHoldsKeys) load_row_sums(sums, streamed_sums, at);
+        if constexpr (S::kHoldsKeys) load_row_terms(sums, streamed_sums, at);
         body(n, column + at);
       }
     };
@@ -174,7 +174,7 @@ __device__ void accumulate(const AttentionCudaParams& p, const Work& work, Rings
     ptx::wait_products<1>(scores);
     for_each_chunk([&](int n, int) { weigh<S::kHoldsKeys>(scores[0][n], sums, scale); });
     if (block < work.full_begin || block >= work.full_end) {
-      const Seen seen(S::kHoldsKeys ? p.keys : p.queries, work, warp_row);
+      const RowSpans seen(S::kHoldsKeys ? p.keys : p.queries, work, warp_row);
       for_each_chunk([&](int n, int at) { hide(scores[0][n], seen, at); });
     }
     const int tail = work.end - column;

@@ -105,7 +105,7 @@ void bind_cuda(py::module_& m) {
          uintptr_t d_v, moca::Queue queue) {
         p.d_out = moca::pointer<>(d_out);
         p.d_lse = moca::pointer<const float>(d_lse);
-        p.rows = moca::pointer<moca::RowSums>(rows);
+        p.rows = moca::pointer<moca::RowTerms>(rows);
         p.d_q = moca::pointer<>(d_q);
         p.d_k = moca::pointer<>(d_k);
         p.d_v = moca::pointer<>(d_v);

@@ -10,7 +10,7 @@ namespace moca {
 // What the backward needs of a query in one head: log2(e) lse, and rowsum(out * d_out) - d_lse. A
 // query of one key has its weight, 1, whatever the score is: its lse here is -inf, and its sum 0,
 // so that what roundings leave of 0 reaches no gradient.
-struct alignas(8) RowSums {
+struct alignas(8) RowTerms {
   float lse, delta;
 };
 
@@ -23,7 +23,7 @@ struct AttentionCudaParams {
   float* lse;             // (T, H)
   const void* d_out;      // (T, H, D) dtype, contiguous
   const float* d_lse;     // (T, H)
-  RowSums* rows;          // (H, T), made by the backward
+  RowTerms* rows;         // (H, T), made by the backward
   void *d_q, *d_k, *d_v;  // dtype, contiguous
   Spans queries, keys;    // sizes T and K
   int64_t tile_rows;      // no tile has more

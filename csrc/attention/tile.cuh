@@ -10,8 +10,6 @@ namespace moca::attention {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // kRows rows of kDim 16-bit values in shared memory, in chunks of 16 bytes. Rows lie an odd number
 // of chunks apart, so that the eight rows that a matrix load reads at one column are in different
 // banks.

@@ -16,7 +16,9 @@
 
 namespace moca {
 
-constexpr int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
 
 // The sizes a kernel was launched for, as its error names them: {{"T", p.tokens}, {"D", p.dim}}.
 using Shape = std::initializer_list<std::pair<const char*, int64_t>>;

@@ -14,7 +14,6 @@ namespace moca::MOCA_ISA {
 namespace {
 
 constexpr int64_t kRowsPerTask = 32;
-constexpr double kEpsilon = 1e-6;  // on the variance, as in the MAE paper's released code
 
 // What a target is compared as: (value - mean) * scale + shift.
 struct Standardize {

@@ -7,6 +7,8 @@
 
 namespace moca {
 
+constexpr double kEpsilon = 1e-6;  // on the variance, as in the MAE paper's released code
+
 struct MaskedPatchMseParams {
   const void* pred;      // (M, P) pred_dtype
   const void* patches;   // (N, P) patches_dtype

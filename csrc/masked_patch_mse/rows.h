@@ -7,8 +7,7 @@
 
 namespace moca {
 
-constexpr int kThreads = 256;      // of a block
-constexpr double kEpsilon = 1e-6;  // on the variance, as in the MAE paper's released code
+constexpr int kThreads = 256;  // of a block
 
 // Calls body(i, N values of each row at i) for this lane's places in rows of `size` values.
 template <int N, typename Body, typename... T>

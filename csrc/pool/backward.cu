@@ -7,9 +7,8 @@
 namespace moca {
 namespace {
 
-constexpr int kTokens = 64;        // of a piece
-constexpr int kThreads = 256;      // of a block
-constexpr float kEpsilon = 1e-12;  // least length divided by, as in torch's normalize
+constexpr int kTokens = 64;    // of a piece
+constexpr int kThreads = 256;  // of a block
 
 // How much of d_pooled lies along the embedding, which no change of length can move.
 __device__ float along(const PoolParams& p, int64_t document) {
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) write_gradients(PoolParams p) {
     const float norm = p.norm[document];
     const auto members = static_cast<double>(p.mean ? whole.end - whole.start : 1);
     factor = static_cast<float>(1.0 / (double{norm} * members));
-    if (p.normalize && !(norm <= kEpsilon)) projection = along(p, document);
+    if (p.normalize && !(norm <= kLeastNorm)) projection = along(p, document);
   }
   T* d_hidden = static_cast<T*>(p.d_hidden);
   for (int64_t d = threadIdx.x * int64_t{N}; d < p.dim; d += kThreads * N) {

@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t kTokens = 128;     // of one task of the backward
 constexpr int64_t kTasks = 4;        // least tasks a thread in the forward, if dims allow
 constexpr int64_t kLeastDims = 128;  // of one task of the forward: rows are read in long pieces
-constexpr double kEpsilon = 1e-12;   // least length divided by, as in torch's normalize
 
 struct Span {
   int64_t start, end;
@@ -66,7 +65,7 @@ void normalize(const PoolParams& p, int64_t document) {
   double squares = 0.0;
 #pragma omp simd reduction(+ : squares)
   for (int64_t d = 0; d < p.dim; ++d) squares += double{pooled[d]} * pooled[d];
-  const double length = std::sqrt(squares), norm = length < kEpsilon ? kEpsilon : length;
+  const double length = std::sqrt(squares), norm = length < kLeastNorm ? kLeastNorm : length;
   p.norm[document] = static_cast<float>(norm);
   for (int64_t d = 0; d < p.dim; ++d) pooled[d] = static_cast<float>(pooled[d] / norm);
 }
@@ -78,7 +77,7 @@ void token_gradient(const PoolParams& p, int64_t document, T* to) {
   const float* d_pooled = p.d_pooled + document * p.dim;
   const float* pooled = p.pooled + document * p.dim;
   double along = 0.0;
-  if (p.normalize && !(p.norm[document] <= static_cast<float>(kEpsilon)))
+  if (p.normalize && !(p.norm[document] <= kLeastNorm))
 #pragma omp simd reduction(+ : along)
     for (int64_t d = 0; d < p.dim; ++d) along += double{pooled[d]} * d_pooled[d];
   const double factor = 1.0 / (double{p.norm[document]} * (span.end - span.start));

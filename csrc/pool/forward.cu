@@ -8,10 +8,9 @@
 namespace moca {
 namespace {
 
-constexpr int kTokens = 256;       // of a piece
-constexpr int kThreads = 256;      // of a block
-constexpr int kRows = 8;           // tokens that a block reads at a time: a warp has each
-constexpr float kEpsilon = 1e-12;  // least length divided by, as in torch's normalize
+constexpr int kTokens = 256;   // of a piece
+constexpr int kThreads = 256;  // of a block
+constexpr int kRows = 8;       // tokens that a block reads at a time: a warp has each
 static_assert(kThreads == kRows * kWarp);
 
 // Block (x, y) sums dims [y * 32 N, (y + 1) * 32 N) over piece x, into row x of `sums`.
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) finish(PoolParams p, const float* su
     }
     __shared__ float scratch[kThreads / kWarp];
     const float length = sqrtf(block_sum<kThreads>(squares, scratch));
-    norm = length < kEpsilon ? kEpsilon : length;  // NaN stays
+    norm = length < kLeastNorm ? kLeastNorm : length;  // NaN stays
   }
   if (threadIdx.x == 0) p.norm[document] = norm;
   float* pooled = p.pooled + document * p.dim;

@@ -7,6 +7,8 @@
 
 namespace moca {
 
+constexpr float kLeastNorm = 1e-12;  // that is divided by, as in torch's normalize
+
 struct PoolParams {
   const void* hidden;         // (T, D)
   const int32_t* cu_seqlens;  // (B + 1,)

@@ -10,6 +10,8 @@
 
 namespace moca {
 
+constexpr int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 using Shape = std::initializer_list<std::pair<const char*, int64_t>>;
 
 // The device: a Hopper of few multiprocessors, so that blocks have several tiles in turn.
