@@ -12,13 +12,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from moca.data.records import IMAGE_MARKER, Document, Pair
 
-# Relevance of the candidates of each query: candidate -> gain (above 0).
+# Relevance of the candidates of each query: candidate -> gain (finite, above 0).
 Relevance = Sequence[Mapping[int, float]]
 Embed = Callable[[list[Document]], Any]
 
@@ -53,8 +54,9 @@ def metrics(
         ``precision@1``: means over queries, 0 to 1.
 
     Raises:
-        ValueError: shapes that do not fit, a target out of range, an embedding that is not finite,
-            a query without a relevant candidate.
+        ValueError: shapes that do not fit, a target or a relevant candidate out of range, an
+            embedding or a gain that is not finite, a gain that is not above 0, a query without a
+            relevant candidate, a cut-off that is no whole number of at least 1.
     """
     query, document = _matrix(query, "query"), _matrix(document, "document")
     if query.shape[1] != document.shape[1]:
@@ -80,18 +82,19 @@ def rank_metrics(
     """The metrics of any scores.
 
     Args:
-        scores: for each query, (C,) scores; higher is better.
+        scores: for each query, (C,) scores; higher is better, and infinite ones have a place too.
         candidates: C.
         relevance: for each query, candidate -> gain.
         ks: cut-offs.
 
     Raises:
-        ValueError: see `metrics`; also when there are more or fewer scores than queries.
+        ValueError: see `metrics`; also when there are more or fewer scores than queries, or a row
+            of them has another shape or holds NaN.
     """
     _check(candidates, relevance, ks)
     totals: Counter[str] = Counter()
-    for row, gains in zip(scores, relevance, strict=True):
-        ranks, values = _ranks(np.asarray(row, np.float64), gains)
+    for number, (row, gains) in enumerate(zip(scores, relevance, strict=True)):
+        ranks, values = _ranks(_row(row, candidates, number), gains)
         totals["mrr"] += 1 / ranks[0]
         totals["precision@1"] += ranks[0] == 1
         ideal = np.sort(values)[::-1]
@@ -113,7 +116,7 @@ def chance(
         ks: cut-offs.
 
     Raises:
-        ValueError: no query, or one without a relevant candidate.
+        ValueError: no query; see `metrics` for relevance and cut-offs.
     """
     _check(candidates, relevance, ks)
     # Of a gain of 1 at every rank: a random order has the mean gain there.
@@ -312,17 +315,33 @@ def _targets(target: Any, queries: int, candidates: int) -> list[dict[int, float
     return [{number: 1.0} for number in numbers.tolist()]
 
 
+def _row(scores: Any, candidates: int, query: int) -> np.ndarray:
+    """A query's (C,) float64 scores, none of them NaN: that has no rank."""
+    row = np.asarray(scores, np.float64)
+    if row.shape != (candidates,):
+        raise ValueError(f"query {query}: expected ({candidates},) scores, got {row.shape}")
+    nan = np.flatnonzero(np.isnan(row))
+    if len(nan):
+        raise ValueError(f"query {query}: expected scores, got NaN for candidate {nan[0]}")
+    return row
+
+
 def _check(candidates: int, relevance: Relevance, ks: Sequence[int]) -> None:
-    if not ks or any(k < 1 for k in ks):
-        raise ValueError(f"ks must be numbers of at least 1, got {list(ks)}")
+    if not ks or not all(_whole(k) and k >= 1 for k in ks):
+        raise ValueError(f"ks must be whole numbers of at least 1, got {list(ks)}")
     if not relevance:
         raise ValueError("expected at least one query, got none")
     for number, gains in enumerate(relevance):
-        if not gains or not all(0 <= i < candidates for i in gains) or min(gains.values()) <= 0:
+        known = all(_whole(i) and 0 <= i < candidates for i in gains)
+        if not gains or not known or not all(0 < gain < math.inf for gain in gains.values()):
             raise ValueError(
                 f"query {number}: expected relevant candidates from 0 to {candidates - 1} with "
-                f"gains above 0, got {dict(gains)}"
+                f"finite gains above 0, got {dict(gains)}"
             )
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _means(totals: Mapping[str, float], queries: int, ks: Sequence[int]) -> dict[str, float]:

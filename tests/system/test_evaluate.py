@@ -108,6 +108,8 @@ def test_tensors_of_any_dtype_are_taken():
         ({"ks": (0,)}, "at least 1"),
         ({"target": None, "relevance": [{0: 1}, {}, {1: 1}]}, "query 1"),
         ({"relevance": [{0: 1}] * 3}, "not both"),
+        ({"ks": (True,)}, r"whole numbers of at least 1, got \[True\]"),
+        ({"ks": (1.5,)}, r"whole numbers of at least 1, got \[1.5\]"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -115,6 +117,38 @@ def test_wrong_arguments_are_named(change, message):
     query, document = arguments.pop("query"), arguments.pop("document")
     with pytest.raises(ValueError, match=message):
         metrics(query, document, arguments.pop("target"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "gains", [{0: math.nan, 1: 0.5}, {1: 0.5, 0: math.nan}, {0: math.inf}, {0.5: 1.0}, {True: 1.0}]
+)
+def test_gains_that_are_none_are_refused(gains):
+    relevance = [{np.int64(0): 1.0}, gains]
+    message = r"query 1: expected relevant candidates from 0 to 2 with finite gains above 0, got \{"
+    with pytest.raises(ValueError, match=message):
+        metrics(AXES[:2], AXES, relevance=relevance)
+    with pytest.raises(ValueError, match=message):
+        chance(3, relevance)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([math.nan, 0.5], "expected scores, got NaN for candidate 0"),
+        ([0.5, math.nan], "expected scores, got NaN for candidate 1"),
+        ([0.5], r"expected \(2,\) scores, got \(1,\)"),
+        ([0.5, 0.4, 0.3], r"expected \(2,\) scores, got \(3,\)"),
+    ],
+)
+def test_scores_without_a_rank_are_refused(row, message):
+    with pytest.raises(ValueError, match=f"query 1: {message}"):
+        evaluate.rank_metrics([[1.0, 0.0], row], 2, [{0: 1.0}] * 2)
+
+
+def test_infinite_scores_have_a_rank():
+    rows = [[math.inf, 0.5], [-math.inf, 0.5], [-math.inf, -math.inf]]
+    found = evaluate.rank_metrics(rows, 2, [{0: 1.0}] * 3)
+    assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
 
 
 def test_chance_is_the_mean_over_all_orders():
