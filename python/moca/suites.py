@@ -34,7 +34,9 @@ def load_mmeb(
     """Read MMEB rows: ``qry_text``, ``qry_img_path``, ``tgt_text`` (list), ``tgt_img_path`` (list).
 
     The first target is the right one: it becomes the positive, the others the negatives, which is
-    what `moca.evaluate.candidate_precision` takes.
+    what `moca.evaluate.candidate_precision` takes. Rows of VLM2Vec v2 (arXiv 2507.04590) have their
+    instructions apart, in ``qry_inst`` and ``tgt_inst``: they go before the query's text and before
+    that of every target, with a space between.
 
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.
@@ -46,7 +48,7 @@ def load_mmeb(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a row of another form; names file and row.
+        ValueError: a row of another form, an empty query or target; names file and row.
     """
     file = Path(path)
     if not file.is_file():
@@ -56,9 +58,10 @@ def load_mmeb(
 
     def add(row: dict[str, Any], name: str) -> None:
         texts, images = _targets(row, name)
+        query_image = row.get("qry_img_path")
         record = {
-            "qry": row.get("qry_text") or "",
-            "qry_image_path": row.get("qry_img_path"),
+            "qry": _instructed(row, "qry", row.get("qry_text"), query_image, f"{name}: query"),
+            "qry_image_path": query_image,
             "pos_text": texts[0],
             "pos_image_path": images[0],
             "neg_text": texts[1:],
@@ -169,7 +172,25 @@ def _targets(row: dict[str, Any], name: str) -> tuple[list, list]:
     texts, images = texts or [""] * count, images or [""] * count
     if len(texts) != len(images):
         raise ValueError(f"{name}: {len(texts)} tgt_text but {len(images)} tgt_img_path")
+    texts = [
+        _instructed(row, "tgt", text, image, f"{name}: target {i}")
+        for i, (text, image) in enumerate(zip(texts, images, strict=True))
+    ]
     return texts, images
+
+
+def _instructed(row: dict[str, Any], side: str, text: Any, image: Any, where: str) -> Any:
+    """The text of one side after the side's instruction; what else it may be is checked later."""
+    instruction = row.get(f"{side}_inst") or ""
+    if not isinstance(instruction, str):
+        got = type(instruction).__name__
+        raise ValueError(f"{where}: {side}_inst must be text, got {got}")
+    text = text or ""
+    if not isinstance(text, str):
+        return text
+    if not text.strip() and not any(image if isinstance(image, list) else [image]):
+        raise ValueError(f"{where} is empty: no text and no image")
+    return " ".join(filter(None, (instruction.strip(), text)))
 
 
 def _documents(

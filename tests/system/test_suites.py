@@ -62,12 +62,35 @@ def test_mmeb_rows(tmp_path, suffix):
     assert shown == ["it.png", "b.png", "c.png"]
 
 
+def test_mmeb_instructions_go_before_the_texts(tmp_path):
+    """As VLM2Vec v2's rows have them; their image markers are those of the texts."""
+    query = {"qry_inst": "<|image_1|>\nName it.\n", "qry_text": "", "qry_img_path": "it.png"}
+    texts = {"tgt_inst": "Match", "tgt_text": ["a cat", "a dog"], "tgt_img_path": ["", ""]}
+    images = {"tgt_inst": "<|image_1|> Match", "tgt_text": ["", "a b"], "tgt_img_path": ["i", "j"]}
+    other = {"qry_inst": "Find", "qry_text": "<|image_1|> it", "qry_img_path": "it.png"}
+    none = {"qry_inst": None, "qry_text": "it", "qry_img_path": "", "tgt_inst": ""}
+    rows = [query | texts, other | images, texts | none]
+    first, second, third = load_mmeb(write_jsonl(tmp_path / "Set.jsonl", rows))
+    assert first.query.text == f"{IMAGE_MARKER}\nName it."
+    assert first.positive.text == "Match a cat" and first.negatives[0].text == "Match a dog"
+    assert second.query.text == f"Find {IMAGE_MARKER} it"
+    assert second.positive.text == f"{IMAGE_MARKER} Match"
+    assert second.negatives[0].text == f"{IMAGE_MARKER} Match a b"
+    assert third.query.text == "it" and third.positive.text == "a cat"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"tgt_text": "['a cat']"}, "Set.jsonl:1: tgt_text must be a list, got str"),
         ({"tgt_text": [], "tgt_img_path": []}, "both empty"),
         ({"tgt_img_path": [""]}, "2 tgt_text but 1 tgt_img_path"),
+        ({"tgt_text": ["a", " "]}, "Set.jsonl:1: target 1 is empty: no text and no image"),
+        ({"tgt_text": ["", "a"]}, "Set.jsonl:1: target 0 is empty"),
+        ({"tgt_text": ["a", ""], "tgt_inst": "Match"}, "Set.jsonl:1: target 1 is empty"),
+        ({"qry_text": "", "qry_img_path": None, "qry_inst": "Name it"}, "1: query is empty"),
+        ({"qry_inst": ["Name it"]}, "Set.jsonl:1: query: qry_inst must be text, got list"),
+        ({"tgt_inst": 3}, "Set.jsonl:1: target 0: tgt_inst must be text, got int"),
     ],
 )
 def test_bad_mmeb_rows_are_named(tmp_path, change, message):
@@ -176,11 +199,12 @@ def test_bad_beir_rows_are_named(tmp_path, part, row, message):
 
 def test_bad_mmeb_rows_are_skipped_and_counted(tmp_path, caplog):
     (tmp_path / "it.png").write_bytes(png("red"))
-    path = write_jsonl(tmp_path / "Set.jsonl", [*MMEB_ROWS, MMEB_ROWS[0] | {"qry_text": 3}])
+    bad = [{"qry_text": 3}, {"tgt_text": ["a cat", ""]}]
+    path = write_jsonl(tmp_path / "Set.jsonl", [*MMEB_ROWS, *(MMEB_ROWS[0] | row for row in bad)])
     assert [item.query.text for item in load_mmeb(path, on_error="skip")] == [
         f"{IMAGE_MARKER}What is it?"  # the images of the second row are missing
     ]
-    assert "Set.jsonl: skipped 2 of 3 rows" in caplog.text
+    assert "Set.jsonl: skipped 3 of 4 rows" in caplog.text
     with pytest.raises(ValueError, match=r"Set\.jsonl:3: qry: expected a string, got int"):
         load_mmeb(path)
     with pytest.raises(ValueError, match="'raise' or 'skip', got 'ignore'"):
