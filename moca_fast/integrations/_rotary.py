@@ -26,8 +26,9 @@ def use_mrope(model: nn.Module) -> int:
 
     For Qwen2-VL, Qwen2.5-VL and Qwen3-VL, text and vision, and for any other model whose layers
     call rotary functions of these names that do the same, which is checked on random tensors
-    first. Only the layers of this model change, in place; calling it twice is harmless. Results
-    keep the dtype of q and k, also under autocast.
+    first. Tables narrower than a head, as those of GPT-NeoX, turn its first columns. Only the
+    layers of this model change, in place; calling it twice is harmless. Results keep the dtype of q
+    and k, also under autocast.
 
     Args:
         model: a transformers model, with its layers' forwards as their classes have them: call it
@@ -69,20 +70,31 @@ def rotate_rows(
     Args:
         q: (B, H, L, D), or (B, L, H, D) with unsqueeze_dim=2.
         k: (B, Hkv, L, D) or (B, L, Hkv, D).
-        cos, sin: (B, L, D) or (1, L, D), merged from the tables of time, height and width.
+        cos, sin: (B, L, D) or (1, L, D), merged from the tables of time, height and width; of
+            fewer columns, these of a head turn and the others stay.
     """
     heads_first = unsqueeze_dim == 1
     q, k = (x.transpose(1, 2) if heads_first else x for x in (q, k))
     rows = q.shape[:2]
     cos, sin = (table.expand(*rows, -1).flatten(0, 1) for table in (cos, sin))
-    out = mrope(q.flatten(0, 1), k.flatten(0, 1), cos, sin)
+    out = _turned(q.flatten(0, 1), k.flatten(0, 1), cos, sin)
     q, k = (x.unflatten(0, rows) for x in out)
     return (q.transpose(1, 2), k.transpose(1, 2)) if heads_first else (q, k)
 
 
 def rotate_patches(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb_vision` of the vision towers: q, k (T, H, D); cos, sin (T, D)."""
-    return mrope(q, k, cos, sin)
+    return _turned(q, k, cos, sin)
+
+
+def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """mrope of the first columns of every head, as many as the tables have."""
+    columns = cos.shape[-1]
+    if columns >= q.shape[-1]:
+        return mrope(q, k, cos, sin)
+    first_q, first_k = mrope(q[..., :columns], k[..., :columns], cos, sin)
+    rest_q, rest_k = q[..., columns:], k[..., columns:]
+    return torch.cat([first_q, rest_q], dim=-1), torch.cat([first_k, rest_k], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -125,14 +137,23 @@ def _calling(forward: FunctionType, name: str) -> FunctionType:
 
 
 def _check_same(name: str, original: Callable, model: str) -> None:
-    """Raise unless both turn random q and k alike, by tables with equal halves as models have."""
+    """Raise unless both turn random q and k alike, by tables with equal halves as models have, of
+    whole heads and, where the original takes those, of half of their columns."""
     generator = torch.Generator().manual_seed(0)
     q, k, table = (torch.randn(shape, generator=generator) for shape in REPLACED[name].shapes)
-    angle = torch.cat([table.chunk(2, dim=-1)[0]] * 2, dim=-1)
-    inputs = q, k, angle.cos(), angle.sin()
-    try:
-        want, got = original(*inputs), REPLACED[name].ours(*inputs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RuntimeError(f"use_mrope: {name} of {model} takes other arguments: {error}") from None
-    if not all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(want, got, strict=True)):
-        raise RuntimeError(f"use_mrope: {name} of {model} is another rotation; nothing was changed")
+    dim = q.shape[-1]
+    for columns in (dim, dim // 2):
+        angle = torch.cat([table[..., : columns // 2]] * 2, dim=-1)
+        inputs = q, k, angle.cos(), angle.sin()
+        try:
+            want, got = original(*inputs), REPLACED[name].ours(*inputs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if columns < dim:
+                return
+            raise RuntimeError(
+                f"use_mrope: {name} of {model} takes other arguments: {error}"
+            ) from None
+        if not all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(want, got, strict=True)):
+            raise RuntimeError(
+                f"use_mrope: {name} of {model} is another rotation; nothing was changed"
+            )

@@ -6,7 +6,15 @@ import pytest
 import torch
 from models import ARCHITECTURES, boundaries, inputs_of, make_model, make_samples, packed_inputs
 from torch import nn
-from transformers import AutoModelForImageTextToText, BertConfig, BertModel
+from transformers import (
+    AutoModelForImageTextToText,
+    BertConfig,
+    BertModel,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    NemotronConfig,
+    NemotronModel,
+)
 
 from moca_fast import use_backend
 from moca_fast.integrations import _rotary
@@ -141,6 +149,42 @@ def test_compiles_without_graph_breaks():
     torch._dynamo.reset()
     compiled = torch.compile(text, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids, use_cache=False)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [(GPTNeoXConfig, GPTNeoXModel), (NemotronConfig, NemotronModel)]
+)
+def test_tables_narrower_than_a_head(config, kind, calls):
+    """Whose functions turn the first columns of a head, a quarter and a half of the 16 here."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    model = kind(config(vocab_size=20, **sizes, **heads)).eval()
+    other = copy.deepcopy(model)
+    assert use_mrope(other) == 2
+    calls.clear()
+    ids = torch.arange(18).view(2, 9)
+    want, got = (m(ids)[0] for m in (model, other))
+    assert len(calls) == 2 and all(dim in (4, 8) for *_, dim in calls)
+    torch.testing.assert_close(got, want, **TOLERANCE)
+    for states in (want, got):
+        states[..., ::2].sum().backward()
+    for parameter, expected in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, **TOLERANCE)
+
+
+def test_another_rotation_of_part_of_a_head_is_refused(monkeypatch):
+    module = OtherAttention()
+
+    def last_columns(q, k, cos, sin):
+        if cos.shape[-1] == q.shape[-1]:
+            return _rotary.rotate_rows(q, k, cos, sin)
+        return tuple(x.flip(-1) for x in _rotary.rotate_rows(q.flip(-1), k.flip(-1), cos, sin))
+
+    monkeypatch.setitem(globals(), "apply_rotary_pos_emb", last_columns)
+    with pytest.raises(RuntimeError, match="OtherAttention is another rotation"):
+        use_mrope(module)
+    assert "forward" not in vars(module)
 
 
 def test_another_rotation_is_refused():
