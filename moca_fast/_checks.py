@@ -1,7 +1,8 @@
 """Argument checks shared by the ops: each names what was expected and what came."""
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -16,6 +17,17 @@ def check_int(op: str, name: str, value: object, least: int | None = None) -> No
         raise TypeError(f"{where}: expected a whole number, got {value!r}")
     if least is not None and int(value) < least:
         raise ValueError(f"{where}: expected at least {least}, got {value}")
+
+
+def check_real(op: str, name: str, value: object) -> None:
+    """Raise unless `value` is a finite number, or a 0-d tensor of one."""
+    where = f"moca_fast.{op}: {name}"
+    number = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+    if isinstance(number, bool) or not isinstance(number, (Real, torch.SymFloat, torch.SymInt)):
+        got = f"{value.dtype}, {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{where}: expected a number or a 0-d tensor, got {got}")
+    if not abs(float(number)) < math.inf:  # false for NaN too
+        raise ValueError(f"{where}: expected a finite number, got {number}")
 
 
 def check_tensor(

@@ -6,7 +6,7 @@ B documents, T query tokens, K key tokens, H query heads, Hkv key-value heads, D
 import torch
 from torch import Tensor
 
-from moca_fast._checks import check_int, check_tensor
+from moca_fast._checks import check_int, check_real, check_tensor
 from moca_fast.ops.attention.op import attention
 from moca_fast.span_mask import SpanMask, check_cu_seqlens
 
@@ -42,7 +42,7 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where each document's queries and keys begin,
             and where the last ends; tokens past that see nothing and give 0.
         max_seqlen_q, max_seqlen_k: at least the longest document; checked on the CPU, not needed.
-        softmax_scale: factor on the scores; default D ** -0.5.
+        softmax_scale: factor on the scores, a finite float or 0-d tensor; default D ** -0.5.
         deterministic: the backward repeats bit by bit, on a CPU for a given number of threads.
         return_attn_probs: also return the log-sum-exp of each row, and None (flash-attn has
             probabilities to return only where there is dropout).
@@ -52,11 +52,15 @@ def flash_attn_varlen_func(
         (T, H, D); with `return_attn_probs` also lse (H, T) float32, and None.
 
     Raises:
-        ValueError: an argument that is not supported, or shapes, devices, cu_seqlens or maxima
-            that do not fit.
-        TypeError: a wrong dtype.
+        ValueError: an argument that is not supported, shapes, devices, cu_seqlens or maxima that
+            do not fit, or a scale that is not finite.
+        TypeError: a wrong dtype, a scale that is no number, or a `causal` that is no bool.
     """
     _refuse(dropout_p, softcap, alibi_slopes, block_table)
+    if softmax_scale is not None:
+        check_real(OP, "softmax_scale", softmax_scale)
+    if not isinstance(causal, bool):
+        raise TypeError(f"moca_fast.{OP}: causal: expected True or False, got {causal!r}")
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor) or x.dim() != 3:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

@@ -1,10 +1,13 @@
 """attention refuses what it cannot compute, and says what it expected and what came."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from moca_fast import SpanMask, attention
+from moca_fast import SpanMask, attention, explain
 
 
 def cu(*lengths: int) -> Tensor:
@@ -36,6 +39,32 @@ BAD = {
         "mask: expected device cpu, got meta",
     ),
 }
+SCALES = {
+    "a": (TypeError, "expected a number or a 0-d tensor, got 'a'"),
+    "0.5": (TypeError, "got '0.5'"),
+    1j: (TypeError, "got 1j"),
+    True: (TypeError, "got True"),
+    torch.ones(2): (TypeError, r"got torch.float32, \(2,\)"),
+    torch.tensor(True): (TypeError, r"got torch.bool, \(\)"),
+    math.nan: (ValueError, "expected a finite number, got nan"),
+    torch.tensor(-math.inf): (ValueError, "expected a finite number, got -inf"),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=repr)
+def test_bad_scales(scale):
+    error, message = SCALES[scale]
+    with pytest.raises(error, match=f"moca_fast.attention: softmax_scale: .*{message}"):
+        attention(**case(softmax_scale=scale))
+    with pytest.raises(error, match="attention: softmax_scale"):
+        explain("attention", **case(softmax_scale=scale))
+
+
+@pytest.mark.parametrize("scale", [2, np.float32(2), torch.tensor(2.0), torch.tensor(2)], ids=repr)
+def test_scales_of_other_types(scale):
+    arguments = case()
+    want = attention(**arguments, softmax_scale=2.0)
+    assert torch.equal(attention(**arguments, softmax_scale=scale), want)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -120,6 +120,19 @@ def test_numbers_are_whole(change):
         call(**change)
 
 
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"softmax_scale": "a"}, TypeError, "softmax_scale: expected a number .*, got 'a'"),
+        ({"softmax_scale": math.nan}, ValueError, "softmax_scale: expected a finite.*, got nan"),
+        ({"causal": None}, TypeError, "causal: expected True or False, got None"),
+    ],
+)
+def test_scale_and_causal_are_checked(change, error, message):
+    with pytest.raises(error, match=f"moca_fast.flash_attn_varlen_func: {message}"):
+        call(**change)
+
+
 def call(**changes):
     x = torch.linspace(-1, 1, 7 * 2 * 16).view(7, 2, 16)
     values = {"q": x, "k": x, "v": x, "cu_seqlens_q": cu(4, 3), "cu_seqlens_k": cu(4, 3)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._checks import FLOATS, check_real, check_tensor
 from moca_fast._operator import operator
 from moca_fast.span_mask import SpanMask
 
@@ -41,7 +41,8 @@ def attention(
             of 8 from 16 to 256. Receives a gradient, as k and v do.
         k, v: (K, Hkv, D), same dtype; Hkv divides H. K = T unless the mask says otherwise.
         mask: the keys [start, end) each query sees, on the same device.
-        softmax_scale: factor on the scores; default D ** -0.5.
+        softmax_scale: factor on the scores, a finite float or 0-d tensor, which gets no gradient;
+            default D ** -0.5.
         return_lse: also return the log-sum-exp of each row's scaled scores (differentiable).
         deterministic: the backward repeats bit by bit, on a CPU for a given number of threads. The
             forward always does, on a CPU for any number.
@@ -52,10 +53,11 @@ def attention(
         key gets output 0, lse -inf and gradient 0.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or a backend that cannot run the call.
-        TypeError: a wrong dtype, or a mask that is not a SpanMask.
+        ValueError: shapes or devices that do not fit, a scale that is not finite, or a backend that
+            cannot run the call.
+        TypeError: a wrong dtype, a mask that is not a SpanMask, or a scale that is no number.
     """
-    q, k, v = inputs(q, k, v, mask)
+    q, k, v = inputs(q, k, v, mask, softmax_scale=softmax_scale)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     backend = _dispatch.requested(backend)
     out, lse, _ = torch.ops.moca_fast.attention(q, k, v, plan(mask), scale, deterministic, backend)
@@ -104,6 +106,8 @@ def inputs(
         )
     if mask.device != q.device:
         raise ValueError(f"moca_fast.{OP}: mask: expected device {q.device}, got {mask.device}")
+    if softmax_scale is not None:
+        check_real(OP, "softmax_scale", softmax_scale)
     return q, k, v
 
 
