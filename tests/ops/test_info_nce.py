@@ -1,3 +1,4 @@
+import math
 from unittest.mock import patch
 
 import pytest
@@ -302,7 +303,10 @@ def test_target_out_of_range(with_ids, wrong, backend):
         ({"query_ids": torch.zeros(4).long()}, ValueError, "document_ids beside them"),
         ({"document_ids": torch.zeros(5).long()}, ValueError, r"document_ids.*\(6,\), got \(5,\)"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0, got 0.0"),
-        ({"temperature": 1e-50}, ValueError, "temperature: expected a number above 0, got 1e-50"),
+        ({"temperature": 1e-50}, ValueError, "temperature: expected at least 1.2e-38, got 1e-50"),
+        ({"temperature": torch.tensor(1e-40)}, ValueError, "expected at least 1.2e-38, got 9.9"),
+        ({"temperature": torch.tensor(math.inf)}, ValueError, "expected a finite number, got inf"),
+        ({"temperature": math.nan}, ValueError, "temperature: expected a finite number, got nan"),
         ({"temperature": None}, TypeError, "temperature: expected a number or a 0-d.*got None"),
         ({"temperature": torch.tensor(-1.0)}, ValueError, r"temperature: .*above 0, got -1\.0"),
         ({"temperature": torch.ones(1)}, ValueError, r"temperature.*\(\), got \(1,\)"),

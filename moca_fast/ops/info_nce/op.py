@@ -5,14 +5,13 @@ sees. The B x M scores are never held: a tile, a few queries' at a time, or all 
 B queries, M documents, K hard negatives a query, D dim.
 """
 
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._checks import FLOATS, check_real, check_tensor
 from moca_fast._gradients import (
     empty_gradients,
     held_rows,
@@ -65,8 +64,9 @@ def info_nce(
         document: (M, D) of the dtype of query; all ranks' positives, already gathered; receives a
             gradient.
         target: (B,) int64, the row of `document` that answers each query; default 0 .. B - 1.
-        temperature: positive, a float or a 0-d tensor, which receives a gradient and whose value is
-            checked on the CPU only, since reading it from an accelerator waits for it.
+        temperature: a finite float or 0-d tensor, of at least the smallest normal number of the
+            dtype of the loss. A tensor receives a gradient, and its value is checked on the CPU
+            only, since reading it from an accelerator waits for it.
         hard_negatives: (B, K, D) of the dtype of query, seen by their own query only; receives a
             gradient.
         query_ids: (B,) int64, the id of each query's positive; default document_ids[target].
@@ -80,7 +80,7 @@ def info_nce(
         0 with zero gradient.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a temperature that is not positive, query
+        ValueError: shapes or devices that do not fit, a temperature out of range, query
             ids without document ids, an unknown reduction, or a backend that cannot run the call.
         TypeError: a wrong dtype, or not a tensor.
         IndexError: an entry of `target` outside 0 to M - 1. The kernels for GPUs, which never wait
@@ -172,25 +172,24 @@ def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         check_tensor(OP, "temperature", temperature, shape=(), dtypes=FLOATS, like=query)
         return temperature.to(dtype)
-    if isinstance(temperature, bool) or not isinstance(temperature, (Real, torch.SymFloat)):
-        raise TypeError(
-            f"moca_fast.{OP}: temperature: expected a number or a 0-d tensor, got {temperature!r}"
-        )
-    if not temperature >= torch.finfo(dtype).tiny:
-        raise _not_positive(temperature)
+    check_real(OP, "temperature", temperature)
+    _check_least(temperature, dtype)
     return torch.full((), temperature, dtype=dtype, device=query.device)
 
 
 def _check_temperature(temperature: Tensor) -> None:
     """Of the kernels, which are given its value even where torch.compile traces the call."""
-    if temperature.device.type == "cpu" and not (value := temperature.item()) > 0:
-        raise _not_positive(value)
+    if temperature.device.type == "cpu":
+        check_real(OP, "temperature", temperature)
+        _check_least(temperature.item(), temperature.dtype)
 
 
-def _not_positive(temperature: object) -> ValueError:
-    return ValueError(
-        f"moca_fast.{OP}: temperature: expected a number above 0, got {temperature!r}"
-    )
+def _check_least(temperature: float, dtype: torch.dtype) -> None:
+    """Below the smallest normal number, scores that are divided by it overflow."""
+    least = torch.finfo(dtype).tiny
+    if not temperature >= least:
+        expected = f"at least {least:.2g}" if temperature > 0 else "a number above 0"
+        raise ValueError(f"moca_fast.{OP}: temperature: expected {expected}, got {temperature!r}")
 
 
 def _with_gradient(
