@@ -43,7 +43,7 @@ def flash_attn_varlen_func(
             and where the last ends; tokens past that see nothing and give 0.
         max_seqlen_q, max_seqlen_k: at least the longest document; checked on the CPU, not needed.
         softmax_scale: factor on the scores, a finite float or 0-d tensor; default D ** -0.5.
-        deterministic: the backward repeats bit by bit, on a CPU for a given number of threads.
+        deterministic: changes nothing, as in `moca_fast.attention`, whose backward repeats anyway.
         return_attn_probs: also return the log-sum-exp of each row, and None (flash-attn has
             probabilities to return only where there is dropout).
         dropout_p, softcap, alibi_slopes, block_table: not supported; only their defaults pass.

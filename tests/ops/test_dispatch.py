@@ -13,15 +13,6 @@ import moca_fast
 from moca_fast import SpanMask, _cuda, _dispatch, attention, backends, explain, use_backend
 from moca_fast.__main__ import report
 
-OPS = (
-    "attention",
-    "info_nce",
-    "linear_cross_entropy",
-    "masked_patch_mse",
-    "mrope",
-    "patchify",
-    "pool",
-)
 OPS_FOLDER = Path(moca_fast.__file__).parent / "ops"
 MASK = SpanMask.full(torch.tensor([0, 3, 7], dtype=torch.int32))
 
@@ -42,7 +33,7 @@ def without_cuda(op: str) -> str | None:
 
 def test_backends_lists_every_op():
     table = backends()
-    assert tuple(table) == OPS
+    assert tuple(table) == _dispatch.op_names()
     for op, reasons in table.items():
         assert tuple(reasons) == _dispatch.BACKENDS
         assert reasons["cpu"] is None and reasons["reference"] is None
@@ -124,7 +115,7 @@ def test_report():
     assert text.startswith(f"moca_fast {moca_fast.__version__}")
     for part in ("portable", "this machine", f"torch          {torch.__version__}", "gpus"):
         assert part in text
-    for op in OPS:
+    for op in _dispatch.op_names():
         reason = without_cuda(op) or "runs on GPUs"
         assert f"  {op}: cpu runs\n    cuda      {reason}" in text
 

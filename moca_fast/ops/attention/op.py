@@ -44,8 +44,9 @@ def attention(
         softmax_scale: factor on the scores, a finite float or 0-d tensor, which gets no gradient;
             default D ** -0.5.
         return_lse: also return the log-sum-exp of each row's scaled scores (differentiable).
-        deterministic: the backward repeats bit by bit, on a CPU for a given number of threads. The
-            forward always does, on a CPU for any number.
+        deterministic: changes nothing: every backend's backward already repeats bit by bit, on a
+            CPU for a given number of threads, and every forward, there for any number. Kept for
+            callers that ask.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
