@@ -98,7 +98,7 @@ def main() -> None:
             _verified.record(_verified.read(given.record), _verified.TABLE)
         else:
             print(report())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last: a bad MOCA_CPU_ISA
         parser.exit(1, f"{error}\n")
 
 

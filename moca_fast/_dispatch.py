@@ -168,18 +168,26 @@ def _reasons(op: str, inputs: tuple) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend runs a call (`backend`, None if none) and each backend's refusal."""
+    """Which backend runs a call (`backend`, None if none), each backend's refusal, and which was
+    asked for ("auto" for the first that can)."""
 
     op: str
     backend: str | None
     reasons: dict[str, str | None]
+    asked: str = "auto"
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend or 'no backend'} runs this call"]
+        lines = [f"{self.op}: {self._summary()}"]
+        idle = "not chosen" if self.asked == "auto" else "not asked for"
         for name, reason in self.reasons.items():
-            verdict = "runs" if name == self.backend else reason or "could run, not chosen"
+            verdict = "runs" if name == self.backend else reason or f"could run, {idle}"
             lines.append(f"  {name:<9} {verdict}")
         return "\n".join(lines)
+
+    def _summary(self) -> str:
+        if self.backend is None and self.asked != "auto":
+            return f"{self.asked}, which was asked for, cannot run this call"
+        return f"{self.backend or 'no backend'} runs this call"
 
 
 def explain(op: str, *args: object, **kwargs: object) -> Explanation:
@@ -196,7 +204,8 @@ def explain(op: str, *args: object, **kwargs: object) -> Explanation:
     if backend != "auto":
         reasons[backend] = _refusal(op, backend, inputs)
     names = BACKENDS if backend == "auto" else (backend,)
-    return Explanation(op, next((n for n in names if reasons[n] is None), None), reasons)
+    runs = next((name for name in names if reasons[name] is None), None)
+    return Explanation(op, runs, reasons, backend)
 
 
 def backends() -> dict[str, dict[str, str | None]]:

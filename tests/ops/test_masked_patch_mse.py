@@ -137,7 +137,7 @@ def test_compiles_whole():
 def test_index_out_of_range(row, backend):
     pred, patches, index = problem(4, 5, 6)
     index[2] = row
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=r"masked_patch_mse: index\[2\].* expected 0 to 4"):
         masked_patch_mse(pred, patches, index, backend=backend)
 
 
