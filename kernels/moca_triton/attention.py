@@ -3,6 +3,9 @@
 `forward` is one kernel, `backward` three: terms of each row, d_q, then d_k and d_v. All follow the
 tile plan of the mask, which holds the longest tiles first.
 
+Weights are 0, not absent, where a document shares a block of keys or queries with another: NaN or
+infinity in one reaches the other's rows there, as 0 * NaN is NaN; in the forward from v alone.
+
 T query tokens, K key tokens, H query heads, Hkv key-value heads, D dim of a head.
 """
 
@@ -78,12 +81,11 @@ def forward(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lse_rest = torch.empty_like(lse)
     programs, shape = _programs(tiles), _shape(q, k)
-    with torch.cuda.device_of(q):
-        forward_kernel[(programs * q.shape[1],)](
-            q, k, v, start, end, tiles, out, lse, lse_rest, *_strides(q, k, v), **shape,
-            num_tiles=tiles.shape[0], programs=programs, num_keys=k.shape[0],
-            scale=softmax_scale * math.log2(math.e), **_tuning(_launch(q).forward),
-        )  # fmt: skip
+    forward_kernel[(programs * q.shape[1],)](
+        q, k, v, start, end, tiles, out, lse, lse_rest, *_strides(q, k, v), **shape,
+        num_tiles=tiles.shape[0], programs=programs, num_keys=k.shape[0],
+        scale=softmax_scale * math.log2(math.e), **_tuning(_launch(q).forward),
+    )  # fmt: skip
     return out, lse, lse_rest
 
 
@@ -113,25 +115,24 @@ def backward(
     delta = torch.empty(heads, queries, dtype=torch.float32, device=q.device)
     strides, shape = _strides(q, k, v), _shape(q, k)
     scales = {"scale": softmax_scale * math.log2(math.e), "softmax_scale": softmax_scale}
-    with torch.cuda.device_of(q):
-        blocks = _launch(q)
-        first, second = pieces(q.shape[2])
-        rows_kernel[(-(-queries // TERM_ROWS), heads)](
-            out, d_out, lse, lse_rest, d_lse, start, end, lse2, delta,
-            size=queries, heads=heads, D=q.shape[2], D1=first, D2=second, ROWS=TERM_ROWS,
-        )  # fmt: skip
-        programs = _programs(tiles)
-        queries_kernel[(programs * heads,)](
-            q, k, v, d_out, lse2, delta, start, end, tiles, d_q, *strides, **shape,
-            num_tiles=tiles.shape[0], programs=programs, num_queries=queries,
-            num_keys=k.shape[0], **scales, **_tuning(blocks.queries),
-        )  # fmt: skip
-        programs = _programs(key_tiles)
-        keys_kernel[(programs * k.shape[1],)](
-            q, k, v, d_out, lse2, delta, key_start, key_end, key_tiles, d_k, d_v,
-            *strides, **shape, num_tiles=key_tiles.shape[0], programs=programs,
-            num_queries=queries, **scales, **_tuning(blocks.keys),
-        )  # fmt: skip
+    blocks = _launch(q)
+    first, second = pieces(q.shape[2])
+    rows_kernel[(-(-queries // TERM_ROWS), heads)](
+        out, d_out, lse, lse_rest, d_lse, start, end, lse2, delta,
+        size=queries, heads=heads, D=q.shape[2], D1=first, D2=second, ROWS=TERM_ROWS,
+    )  # fmt: skip
+    programs = _programs(tiles)
+    queries_kernel[(programs * heads,)](
+        q, k, v, d_out, lse2, delta, start, end, tiles, d_q, *strides, **shape,
+        num_tiles=tiles.shape[0], programs=programs, num_queries=queries,
+        num_keys=k.shape[0], **scales, **_tuning(blocks.queries),
+    )  # fmt: skip
+    programs = _programs(key_tiles)
+    keys_kernel[(programs * k.shape[1],)](
+        q, k, v, d_out, lse2, delta, key_start, key_end, key_tiles, d_k, d_v,
+        *strides, **shape, num_tiles=key_tiles.shape[0], programs=programs,
+        num_queries=queries, **scales, **_tuning(blocks.keys),
+    )  # fmt: skip
     return (-d_q if given_scale < 0 else d_q), d_k, d_v
 
 

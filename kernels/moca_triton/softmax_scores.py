@@ -206,22 +206,21 @@ def _tile(s: Scores) -> dict[str, int]:
 
 def _statistics(s: Scores, chunk: Chunk, loss: Tensor, lse: Tensor) -> None:
     tile, rows = _tile(s), chunk.scores.shape[0]
-    with torch.cuda.device_of(s.x):
-        kernels.statistics_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-            chunk.scores,
-            s.target[chunk.rows],
-            s.bias,
-            s.temperature,
-            None if s.row_ids is None else s.row_ids[chunk.rows],
-            s.col_ids,
-            loss[chunk.rows],
-            lse[chunk.rows],
-            rows,
-            s.w.shape[0],
-            s.width,
-            chunk.scores.stride(0),
-            **tile,
-        )
+    kernels.statistics_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        chunk.scores,
+        s.target[chunk.rows],
+        s.bias,
+        s.temperature,
+        None if s.row_ids is None else s.row_ids[chunk.rows],
+        s.col_ids,
+        loss[chunk.rows],
+        lse[chunk.rows],
+        rows,
+        s.w.shape[0],
+        s.width,
+        chunk.scores.stride(0),
+        **tile,
+    )
 
 
 def _gradient(
@@ -230,25 +229,24 @@ def _gradient(
     """(rows, width) gradients of the products, in the chunk's own memory."""
     tile, rows = _tile(s), chunk.scores.shape[0]
     d_scores = chunk.scores.view(s.x.dtype)
-    with torch.cuda.device_of(s.x):
-        kernels.gradient_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-            chunk.scores,
-            s.target[chunk.rows],
-            s.bias,
-            s.temperature,
-            None if s.row_ids is None else s.row_ids[chunk.rows],
-            s.col_ids,
-            d_loss[chunk.rows],
-            lse[chunk.rows],
-            d_scores,
-            None if moment is None else moment[chunk.rows],
-            rows,
-            s.w.shape[0],
-            s.width,
-            chunk.scores.stride(0),
-            d_scores.stride(0),
-            **tile,
-        )
+    kernels.gradient_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        chunk.scores,
+        s.target[chunk.rows],
+        s.bias,
+        s.temperature,
+        None if s.row_ids is None else s.row_ids[chunk.rows],
+        s.col_ids,
+        d_loss[chunk.rows],
+        lse[chunk.rows],
+        d_scores,
+        None if moment is None else moment[chunk.rows],
+        rows,
+        s.w.shape[0],
+        s.width,
+        chunk.scores.stride(0),
+        d_scores.stride(0),
+        **tile,
+    )
     return d_scores[:, : s.width]
 
 
@@ -257,17 +255,16 @@ def _own_scores(s: Scores, rows: slice, own: Tensor, scores: Tensor) -> None:
     count, dim = own.shape[1:]
     if count == 0:
         return
-    with torch.cuda.device_of(own):
-        kernels.own_scores_kernel[(scores.shape[0], count)](
-            s.x[rows],
-            own[rows],
-            scores,
-            count,
-            s.w.shape[0],
-            scores.stride(0),
-            DIM=dim,
-            BLOCK_D=_block_d(dim),
-        )
+    kernels.own_scores_kernel[(scores.shape[0], count)](
+        s.x[rows],
+        own[rows],
+        scores,
+        count,
+        s.w.shape[0],
+        scores.stride(0),
+        DIM=dim,
+        BLOCK_D=_block_d(dim),
+    )
 
 
 def _own_gradients(
@@ -277,19 +274,18 @@ def _own_gradients(
     assert s.own is not None
     count, dim = s.own.shape[1:]
     block = _block_d(dim)
-    with torch.cuda.device_of(s.own):
-        kernels.own_gradients_kernel[(d_scores.shape[0], triton.cdiv(dim, block))](
-            s.x[chunk.rows],
-            s.own[chunk.rows],
-            d_scores,
-            d_x,
-            None if d_own is None else d_own[chunk.rows],
-            count,
-            s.w.shape[0],
-            d_scores.stride(0),
-            DIM=dim,
-            BLOCK_D=block,
-        )
+    kernels.own_gradients_kernel[(d_scores.shape[0], triton.cdiv(dim, block))](
+        s.x[chunk.rows],
+        s.own[chunk.rows],
+        d_scores,
+        d_x,
+        None if d_own is None else d_own[chunk.rows],
+        count,
+        s.w.shape[0],
+        d_scores.stride(0),
+        DIM=dim,
+        BLOCK_D=block,
+    )
 
 
 def _block_d(dim: int) -> int:

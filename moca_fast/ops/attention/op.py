@@ -15,8 +15,8 @@ from moca_fast.span_mask import SpanMask
 OP = "attention"
 MIN_DIM, MAX_DIM, DIM_STEP = 16, 256, 8
 # Rows of a tile in the plan that kernels follow, by device. A CPU packs keys once for all rows of a
-# tile, or of several tiles of a long document; on a GPU these are the rows of a program, or two or
-# four times as many.
+# tile, or of several tiles of a long document; a GPU program takes 128, 64, 32 or 16 of them at a
+# time.
 TILE_ROWS = {"cpu": 256, "cuda": 128}
 
 
