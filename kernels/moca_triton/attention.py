@@ -72,11 +72,11 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, softmax_scale = _rising(q, softmax_scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    start, end, tiles = mask[:3]
+    start, end, tiles = plan[:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     lse_rest = torch.empty_like(lse)
@@ -98,7 +98,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
-    mask: list[Tensor],
+    plan: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +107,7 @@ def backward(
     q, softmax_scale = _rising(q, softmax_scale)
     q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
     d_lse = d_lse.to(torch.float32).contiguous()
-    start, end, tiles, key_start, key_end, key_tiles = mask
+    start, end, tiles, key_start, key_end, key_tiles = plan
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     queries, heads, _ = q.shape
     precise = torch.float64 if q.dtype == torch.float32 else torch.float32

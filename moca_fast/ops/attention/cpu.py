@@ -13,13 +13,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
     lse_rest = torch.empty_like(lse)
-    _C.attention_forward(_params(q, k, v, out, lse, lse_rest, mask, softmax_scale))
+    _C.attention_forward(_params(q, k, v, out, lse, lse_rest, plan, softmax_scale))
     return out, lse, lse_rest
 
 
@@ -32,7 +32,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
-    mask: list[Tensor],
+    plan: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +42,7 @@ def backward(
     d_lse = d_lse.to(torch.float32).contiguous()
     delta = torch.empty(lse.shape, dtype=torch.float32)  # working memory
     _C.attention_backward(
-        _params(q, k, v, out, lse, lse_rest, mask, softmax_scale),
+        _params(q, k, v, out, lse, lse_rest, plan, softmax_scale),
         d_out=d_out.data_ptr(),
         d_lse=d_lse.data_ptr(),
         delta=delta.data_ptr(),
@@ -65,7 +65,7 @@ def _params(
     out: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
-    mask: list[Tensor],
+    plan: list[Tensor],
     softmax_scale: float,
 ) -> "_C.AttentionParams":
     return _C.AttentionParams(
@@ -78,8 +78,8 @@ def _params(
         q_strides=q.stride()[:2],
         k_strides=k.stride()[:2],
         v_strides=v.stride()[:2],
-        queries=_spans(*mask[:3]),
-        keys=_spans(*mask[3:]),
+        queries=_spans(*plan[:3]),
+        keys=_spans(*plan[3:]),
         heads=q.shape[1],
         kv_heads=k.shape[1],
         dim=q.shape[2],

@@ -24,13 +24,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, scale, _ = _positive(q, softmax_scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    _C.attention_forward_cuda(_params(q, k, v, out, lse, mask, scale), queue(q))
+    _C.attention_forward_cuda(_params(q, k, v, out, lse, plan, scale), queue(q))
     # Weights are rounded to 16 bits: what rounding took from lse does not show.
     return out, lse, torch.zeros_like(lse)
 
@@ -44,7 +44,7 @@ def backward(
     out: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
-    mask: list[Tensor],
+    plan: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +55,7 @@ def backward(
     d_q, d_k, d_v = (x.new_empty(x.shape) for x in (q, k, v))
     sums = q.new_empty((2, lse.numel()), dtype=torch.float32)  # working memory
     _C.attention_backward_cuda(
-        _params(q, k, v, out, lse, mask, scale),
+        _params(q, k, v, out, lse, plan, scale),
         d_out=d_out.data_ptr(),
         d_lse=d_lse.data_ptr(),
         rows=sums.data_ptr(),
@@ -88,7 +88,7 @@ def _params(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: list[Tensor],
+    plan: list[Tensor],
     softmax_scale: float,
 ) -> "_C.AttentionCudaParams":
     return _C.AttentionCudaParams(
@@ -103,8 +103,8 @@ def _params(
         v_head=v.stride(1),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
-        queries=_spans(*mask[:3]),
-        keys=_spans(*mask[3:]),
+        queries=_spans(*plan[:3]),
+        keys=_spans(*plan[3:]),
         tile_rows=TILE_ROWS["cuda"],
         heads=q.shape[1],
         kv_heads=k.shape[1],

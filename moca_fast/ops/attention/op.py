@@ -117,7 +117,7 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: list[Tensor],
+    plan: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
     backend: str,
@@ -125,7 +125,7 @@ def _forward(
     """Output, lse in float32, and what rounding took from lse, so that the backward finds the
     probabilities as exactly as the forward did."""
     kernel = _dispatch.select(OP, backend, q, k, v)
-    return kernel.forward(q, k, v, mask, softmax_scale)
+    return kernel.forward(q, k, v, plan, softmax_scale)
 
 
 @operator("attention_backward")
@@ -138,35 +138,35 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
-    mask: list[Tensor],
+    plan: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = _dispatch.select(OP, backend, q, k, v)
     return kernel.backward(
-        d_out, d_lse, q, k, v, out, lse, lse_rest, mask, softmax_scale, deterministic
+        d_out, d_lse, q, k, v, out, lse, lse_rest, plan, softmax_scale, deterministic
     )
 
 
 @_forward.register_fake
-def _(q, k, v, mask, softmax_scale, deterministic, backend):
+def _(q, k, v, plan, softmax_scale, deterministic, backend):
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     return q.new_empty(q.shape), lse, torch.empty_like(lse)
 
 
 @_backward.register_fake
-def _(d_out, d_lse, q, k, v, out, lse, lse_rest, mask, softmax_scale, deterministic, backend):
+def _(d_out, d_lse, q, k, v, out, lse, lse_rest, plan, softmax_scale, deterministic, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, ctx.softmax_scale, ctx.deterministic, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, *mask)
+    q, k, v, plan, ctx.softmax_scale, ctx.deterministic, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output, *plan)
 
 
 def _autograd(ctx, d_out, d_lse, _):
-    q, k, v, out, lse, lse_rest, *mask = ctx.saved_tensors
+    q, k, v, out, lse, lse_rest, *plan = ctx.saved_tensors
     d_q, d_k, d_v = torch.ops.moca_fast.attention_backward(
         d_out,
         d_lse,
@@ -176,7 +176,7 @@ def _autograd(ctx, d_out, d_lse, _):
         out,
         lse,
         lse_rest,
-        mask,
+        plan,
         ctx.softmax_scale,
         ctx.deterministic,
         ctx.backend,

@@ -9,11 +9,11 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: list[Tensor], softmax_scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, values = _grouped(q, k), _wide(k), _wide(v)
-    scores = _scores(queries, keys, mask, softmax_scale)
-    out = torch.einsum("hgij,jhd->ihgd", _probabilities(scores, mask), values)
+    scores = _scores(queries, keys, plan, softmax_scale)
+    out = torch.einsum("hgij,jhd->ihgd", _probabilities(scores, plan), values)
     lse = scores.logsumexp(dim=-1).flatten(0, 1).t().contiguous().float()
     return out.flatten(1, 2).to(q.dtype).contiguous(), lse, torch.zeros_like(lse)
 
@@ -27,12 +27,12 @@ def backward(
     out: Tensor,
     lse: Tensor,
     lse_rest: Tensor,
-    mask: list[Tensor],
+    plan: list[Tensor],
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     queries, keys, values = _grouped(q, k), _wide(k), _wide(v)
-    probabilities = _probabilities(_scores(queries, keys, mask, softmax_scale), mask)
+    probabilities = _probabilities(_scores(queries, keys, plan, softmax_scale), plan)
     d_outs = _grouped(d_out, k)
     d_values = torch.einsum("hgij,ihgd->jhd", probabilities, d_outs)
     d_probabilities = torch.einsum("ihgd,jhd->hgij", d_outs, values)
@@ -55,15 +55,16 @@ def _grouped(x: Tensor, k: Tensor) -> Tensor:
     return _wide(x).unflatten(1, (k.shape[1], -1))
 
 
-def _scores(queries: Tensor, keys: Tensor, mask: list[Tensor], softmax_scale: float) -> Tensor:
-    start, end = mask[0].unsqueeze(1), mask[1].unsqueeze(1)
+def _scores(queries: Tensor, keys: Tensor, plan: list[Tensor], softmax_scale: float) -> Tensor:
+    start, end = plan[0].unsqueeze(1), plan[1].unsqueeze(1)
     key = torch.arange(keys.shape[0], device=keys.device)
     visible = (start <= key) & (key < end)
     scores = torch.einsum("ihgd,jhd->hgij", queries, keys) * softmax_scale
     return scores.masked_fill(~visible, float("-inf"))
 
 
-def _probabilities(scores: Tensor, mask: list[Tensor]) -> Tensor:
+def _probabilities(scores: Tensor, plan: list[Tensor]) -> Tensor:
     """Softmax over the keys, and 0 where a query sees nothing."""
-    sees_nothing = (mask[0] >= mask[1]).unsqueeze(1)
+    start, end, *_ = plan
+    sees_nothing = (start >= end).unsqueeze(1)
     return scores.softmax(dim=-1).masked_fill(sees_nothing, 0.0)
