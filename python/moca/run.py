@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -197,10 +198,11 @@ class Run:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(
-                f"output: another process writes to {self.folder} ({error.strerror}): wait for it, "
-                "or give another folder"
-            ) from None
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                tqdm.write(f"{self.folder} is not kept from other writers: {error.strerror}")
+                return lock
+            busy = f"output: another process writes to {self.folder}"
+            raise ConfigError(f"{busy}: wait for it, or give another folder") from None
         if not self.config.resume and not _is_untouched(self.folder):
             raise ConfigError(f"output: another process has written to {self.folder} since")
         return lock

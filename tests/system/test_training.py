@@ -1,6 +1,7 @@
 """Both stages on a miniature: they learn, they resume exactly, they refuse what cannot work."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -405,6 +406,16 @@ def test_two_processes_never_write_to_one_folder(data, tmp_path):
         contrast(resumed)
     holder.communicate()
     contrast(resumed)
+
+
+def test_a_file_system_without_locks_is_told(data, tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("moca.run.fcntl.lockf", none)
+    contrast(contrast_config(data, tmp_path / "run", steps=1))
+    said = capsys.readouterr()
+    assert "run is not kept from other writers: No locks available" in said.out + said.err
 
 
 @pytest.mark.parametrize("train, make", [(pretrain, cpt_config), (contrast, contrast_config)])
