@@ -30,6 +30,16 @@ def check_real(op: str, name: str, value: object) -> None:
         raise ValueError(f"{where}: expected a finite number, got {number}")
 
 
+def check_entries(op: str, name: str, index: Tensor, size: int) -> None:
+    """Raise IndexError unless every entry of `index` (N,) is from 0 to size - 1; waits for it."""
+    wrong = ((index < 0) | (index >= size)).nonzero()[:, 0].tolist()
+    if wrong:
+        raise IndexError(
+            f"moca_fast.{op}: {name}[{wrong[0]}]: expected 0 to {size - 1}, got "
+            f"{int(index[wrong[0]])}"
+        )
+
+
 def check_tensor(
     op: str,
     name: str,

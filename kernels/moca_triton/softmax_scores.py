@@ -204,15 +204,16 @@ def _tile(s: Scores) -> dict[str, int]:
     return {"EXACT": s.x.dtype == torch.float32, "ROWS": rows, "COLS": cols, "num_warps": 8}
 
 
+def _read(s: Scores, chunk: Chunk) -> tuple[Tensor | None, ...]:
+    """What both kernels of a chunk read, in their order."""
+    row_ids = None if s.row_ids is None else s.row_ids[chunk.rows]
+    return chunk.scores, s.target[chunk.rows], s.bias, s.temperature, row_ids, s.col_ids
+
+
 def _statistics(s: Scores, chunk: Chunk, loss: Tensor, lse: Tensor) -> None:
     tile, rows = _tile(s), chunk.scores.shape[0]
     kernels.statistics_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        chunk.scores,
-        s.target[chunk.rows],
-        s.bias,
-        s.temperature,
-        None if s.row_ids is None else s.row_ids[chunk.rows],
-        s.col_ids,
+        *_read(s, chunk),
         loss[chunk.rows],
         lse[chunk.rows],
         rows,
@@ -230,12 +231,7 @@ def _gradient(
     tile, rows = _tile(s), chunk.scores.shape[0]
     d_scores = chunk.scores.view(s.x.dtype)
     kernels.gradient_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        chunk.scores,
-        s.target[chunk.rows],
-        s.bias,
-        s.temperature,
-        None if s.row_ids is None else s.row_ids[chunk.rows],
-        s.col_ids,
+        *_read(s, chunk),
         d_loss[chunk.rows],
         lse[chunk.rows],
         d_scores,

@@ -46,7 +46,7 @@ class RunConfig:
     grad_clip: float = 5.0  # largest gradient norm; 0 leaves gradients as they are
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
-    max_length: int = 1280  # tokens of one document; images are kept or dropped whole
+    max_length: int = 1280  # tokens: stage 1 cuts what is longer in parts, stage 2 drops the rest
     on_error: OnError = "raise"  # unreadable record: raise | skip (counted and reported)
     flip: float = 0.0  # probability that an image is mirrored left to right
     rotate: float = 0.0  # largest rotation of an image, degrees

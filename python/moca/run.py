@@ -192,7 +192,7 @@ class Run:
         accelerator.wait_for_everyone()
 
     def _take_folder(self) -> IO:
-        """Make the folder, and hold its lock, which ends with this process."""
+        """Make the folder, and keep other processes from writing to it while the lock is held."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = (self.folder / LOCK).open("w")
         try:

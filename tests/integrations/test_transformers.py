@@ -43,7 +43,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, or_masks, sdpa_mask
 
 from moca_fast.integrations import transformers as integration
 from moca_fast.integrations.transformers import (
@@ -605,6 +605,20 @@ def test_packed_batches_keep_the_masks_of_their_models(name):
     if kind is not ModernBertModel:
         with pytest.raises(ValueError, match=r"made of .* position_ids that restart"):
             ours(ids, **inputs)
+
+
+def test_masks_that_a_compiler_cannot_look_into_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    plain = integration.request_mask(1, 4, 4)
+    assert plain.packed(bounds, None) == (True, None)
+    for mask, window in (
+        (plain, 3),
+        (integration.request_mask(1, 4, 4, use_vmap=True), None),
+        (integration.request_mask(1, 4, 4, mask_function=or_masks(causal_mask_function)), None),
+    ):
+        with pytest.raises(ValueError, match=r"no plain one, and torch\.compile does not show"):
+            mask.packed(bounds, window)
 
 
 def test_packed_images_see_themselves():

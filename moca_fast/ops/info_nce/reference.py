@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moca_fast._checks import check_entries
 from moca_fast._gradients import shares, total
 from moca_fast.ops.info_nce.op import Inputs
 
@@ -19,7 +20,7 @@ def unsupported(*inputs: Tensor | None) -> str | None:
 def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
     inputs = Inputs(*tensors)
     query, document, target, temperature, *_ = inputs
-    check_target(target, document.shape[0])
+    check_entries("info_nce", "target", target, document.shape[0])
     loss = temperature.new_empty(query.shape[0])
     lse = torch.empty_like(loss, dtype=torch.float64)
     for rows in _chunks(query):
@@ -85,12 +86,3 @@ def _scores(rows: Tensor, inputs: Inputs) -> Tensor:
         hard = hard_negatives[rows].to(temperature.dtype)
         scores = torch.cat([scores, torch.einsum("bd,bkd->bk", states, hard)], dim=1)
     return scores / temperature
-
-
-def check_target(target: Tensor, documents: int) -> None:
-    wrong = ((target < 0) | (target >= documents)).nonzero()[:, 0].tolist()
-    if wrong:
-        raise IndexError(
-            f"moca_fast.info_nce: target[{wrong[0]}]: expected 0 to {documents - 1}, got "
-            f"{int(target[wrong[0]])}"
-        )

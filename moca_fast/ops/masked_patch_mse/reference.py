@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moca_fast._checks import check_entries
+
 EPSILON = 1e-6  # on the variance, as in the MAE paper's released code
 
 
@@ -29,18 +31,9 @@ def _accumulator(pred: Tensor) -> torch.dtype:
 
 def _error(pred: Tensor, patches: Tensor, index: Tensor, normalize: bool) -> Tensor:
     dtype = _accumulator(pred)
-    _check_index(index, patches.shape[0])
+    check_entries("masked_patch_mse", "index", index, patches.shape[0])
     target = patches.index_select(0, index).to(dtype)
     if normalize:
         variance = target.var(dim=1, keepdim=True, correction=min(1, target.shape[1] - 1))
         target = (target - target.mean(dim=1, keepdim=True)) / (variance + EPSILON).sqrt()
     return pred.to(dtype) - target
-
-
-def _check_index(index: Tensor, patches: int) -> None:
-    wrong = ((index < 0) | (index >= patches)).nonzero()[:, 0].tolist()
-    if wrong:
-        raise IndexError(
-            f"moca_fast.masked_patch_mse: index[{wrong[0]}]: expected 0 to {patches - 1}, got "
-            f"{int(index[wrong[0]])}"
-        )
