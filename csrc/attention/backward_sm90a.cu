@@ -27,6 +27,7 @@ struct Sizes {
   // Held are two tiles; a stage is two tiles, and where they are queries their sums.
   static constexpr int kHeldBytes = 2 * Held::kBytes, kTileBytes = 2 * Streamed::kBytes;
   static constexpr int kStageBytes = kTileBytes + 1024 * kHoldsKeys;
+  static_assert(kStageBytes % 1024 == 0);
   static_assert(kColumns * sizeof(RowTerms) <= 1024);
   // Offsets in shared memory, from a multiple of 1024.
   static constexpr int kStagesAt = kHeldBytes, kOutputAt = kStagesAt + kStages * kStageBytes;
@@ -214,7 +215,6 @@ __device__ void consume(const AttentionCudaParams& p, uint32_t shared, Rings<S>&
       store_output<S::type>(static_cast<uint16_t*>(target) + (work.row * heads + work.head) * p.dim,
                             heads * p.dim, typename S::Shared{shared + S::kOutputAt}, warp_row,
                             work.rows, p.dim, gradient, factor);
-      __syncwarp();
     };
     store(S::kHoldsKeys ? p.d_k : p.d_q, gradients.first, scaled);
     if constexpr (S::kHoldsKeys) store(p.d_v, gradients.second, once);
@@ -252,10 +252,10 @@ void run(const AttentionCudaParams& p, Queue queue) {
     using Tile = decltype(tile);
     const int64_t token = p.heads * p.dim;
     if (keys)
-      return {make_maps<Tile>(p, p.k, p.keys.size, p.kv_heads, p.k_token, p.k_head),
-              make_maps<Tile>(p, p.v, p.keys.size, p.kv_heads, p.v_token, p.v_head)};
-    return {make_maps<Tile>(p, p.q, p.queries.size, p.heads, p.q_token, p.q_head),
-            make_maps<Tile>(p, p.d_out, p.queries.size, p.heads, token, p.dim)};
+      return {make_maps<Tile>(p, queue, p.k, p.keys.size, p.kv_heads, p.k_token, p.k_head),
+              make_maps<Tile>(p, queue, p.v, p.keys.size, p.kv_heads, p.v_token, p.v_head)};
+    return {make_maps<Tile>(p, queue, p.q, p.queries.size, p.heads, p.q_token, p.q_head),
+            make_maps<Tile>(p, queue, p.d_out, p.queries.size, p.heads, token, p.dim)};
   };
   const AllMaps maps{maps_of(S::kHoldsKeys, typename S::Held{}),
                      maps_of(!S::kHoldsKeys, typename S::Streamed{})};

@@ -180,9 +180,10 @@ template <typename S>
 void run(const AttentionCudaParams& p, Queue queue) {
   using Queries = typename S::Queries;
   using Keys = typename S::Keys;
-  const AllMaps maps{make_maps<Queries>(p, p.q, p.queries.size, p.heads, p.q_token, p.q_head),
-                     make_maps<Keys>(p, p.k, p.keys.size, p.kv_heads, p.k_token, p.k_head),
-                     make_maps<Keys>(p, p.v, p.keys.size, p.kv_heads, p.v_token, p.v_head)};
+  const AllMaps maps{
+      make_maps<Queries>(p, queue, p.q, p.queries.size, p.heads, p.q_token, p.q_head),
+      make_maps<Keys>(p, queue, p.k, p.keys.size, p.kv_heads, p.k_token, p.k_head),
+      make_maps<Keys>(p, queue, p.v, p.keys.size, p.kv_heads, p.v_token, p.v_head)};
   launch_kernel("attention_forward_wgmma", attention_forward_wgmma<S>,
                 count_blocks(count_work(p.queries, S::kRows, S::kRows, p.heads), queue), kThreads,
                 S::kSharedBytes, p, queue, maps);

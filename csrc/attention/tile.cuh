@@ -212,6 +212,7 @@ __device__ void store_rows(uint16_t* target, int64_t token, const Tile& tile, in
       *reinterpret_cast<uint4*>(target + at * token + chunk * 8) =
           ptx::load_shared(tile.address(at, chunk));
   }
+  __syncwarp();  // before others are stored there
 }
 
 // Calls body(integral constant) for the smallest compiled dim that holds D; columns past D are 0.

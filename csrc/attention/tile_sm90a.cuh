@@ -191,9 +191,10 @@ __device__ void store_output(uint16_t* target, int64_t token, const Shared& shar
 
 // Maps of `rows` rows of a (tokens, heads, D) tensor.
 template <typename Tile>
-Maps make_maps(const AttentionCudaParams& p, const void* data, int64_t tokens, int64_t heads,
-               int64_t token_stride, int64_t head_stride) {
-  TensorBox box{data, tokens, heads, p.dim, token_stride, head_stride, Tile::kRows, kWide, p.dtype};
+Maps make_maps(const AttentionCudaParams& p, Queue queue, const void* data, int64_t tokens,
+               int64_t heads, int64_t token_stride, int64_t head_stride) {
+  TensorBox box{data,        tokens,      heads, p.dim,   token_stride,
+                head_stride, Tile::kRows, kWide, p.dtype, queue.device};
   Maps maps{make_tensor_map(box), {}};
   if constexpr (Tile::kHasNarrow) {
     box.columns = kNarrow;

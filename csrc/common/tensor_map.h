@@ -16,12 +16,11 @@ struct TensorBox {
   int64_t tokens, heads, dim, token_stride, head_stride;
   int rows, columns;  // columns are 64 or 16: a row of the box is 128 or 32 bytes, its swizzle
   DType dtype;
+  int device;
 };
 
-// Throws std::runtime_error if the driver cannot make it. No library of the driver is linked: its
-// function is asked for by name.
-inline TensorMap make_tensor_map(const TensorBox& box) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
+// The driver's function. No library of the driver is linked: it is asked for by name.
+inline decltype(&cuTensorMapEncodeTiled) find_encode() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status;
   constexpr unsigned kVersion = 12000;  // of CUDA, the first to have it
@@ -29,6 +28,17 @@ inline TensorMap make_tensor_map(const TensorBox& box) {
                                        cudaEnableDefault, &status) != cudaSuccess ||
       status != cudaDriverEntryPointSuccess)
     throw std::runtime_error("moca_fast: the driver has no cuTensorMapEncodeTiled");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+// Throws std::runtime_error if the driver cannot make it.
+inline TensorMap make_tensor_map(const TensorBox& box) {
+  static const auto encode = find_encode();
+  // The driver wants a context, and a thread that is new to CUDA gets it here.
+  const cudaError_t current = cudaSetDevice(box.device);
+  if (current != cudaSuccess)
+    throw std::runtime_error("moca_fast: no tensor map on GPU " + std::to_string(box.device) +
+                             ": " + cudaGetErrorString(current));
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(box.dim), static_cast<cuuint64_t>(box.heads),
                               static_cast<cuuint64_t>(box.tokens)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(box.head_stride) * 2,
@@ -37,7 +47,7 @@ inline TensorMap make_tensor_map(const TensorBox& box) {
                                static_cast<cuuint32_t>(box.rows)};
   const cuuint32_t steps[] = {1, 1, 1};
   TensorMap map;
-  const CUresult result = reinterpret_cast<Encode>(found)(
+  const CUresult result = encode(
       &map,
       box.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,

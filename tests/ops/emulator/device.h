@@ -71,6 +71,7 @@ struct Fiber {
 struct Meeting {
   int arrived = 0;
   Counter round = 0;
+  int size = 0;  // of a named barrier
 };
 
 class Block {
@@ -78,6 +79,11 @@ class Block {
   static constexpr int kStackBytes = 128 * 1024;
   const unsigned number = ++count();  // of all blocks, from 1
   std::vector<uint8_t> shared;
+  std::vector<uint8_t> known;  // the same, as Hopper's copies and matrix products know it
+  struct Store {
+    uint32_t address, bytes;
+  };
+  std::vector<std::vector<Store>> stores;      // of each thread since its last fence
   std::vector<std::array<uint64_t, 8>> slots;  // what each thread brings to a meeting
   std::vector<Meeting> warps;
   Meeting barriers[16];
@@ -85,6 +91,8 @@ class Block {
 
   Block(int threads, size_t shared_bytes, std::function<void()> body, unsigned seed)
       : shared(shared_bytes, 0xff),  // NaN
+        known(shared),
+        stores(threads),
         slots(threads),
         warps(threads / 32),
         fibers_(threads),
@@ -213,6 +221,8 @@ inline unsigned& seed() {
 
 // Runs body on every thread of every block.
 inline void launch(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+  constexpr size_t kMostShared = 227 << 10;  // a block of Hopper's can have
+  if (shared > kMostShared) throw std::runtime_error("too much shared memory");
   gridDim = grid;
   blockDim = block;
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)

@@ -10,14 +10,16 @@ namespace moca::ptx {
 
 inline emulator::Block& block() { return *emulator::Block::active(); }
 
+// Where a block's own shared memory begins: no further aligned than CUDA says.
+inline uint32_t shared_memory() { return 1040; }
+
 template <typename T>
 T& shared(uint32_t address) {
-  if (address % sizeof(T) || address + sizeof(T) > block().shared.size())
+  const uint32_t at = address - shared_memory();
+  if (address % sizeof(T) || at > block().shared.size() - sizeof(T))
     throw std::runtime_error("bad address in shared memory: " + std::to_string(address));
-  return *reinterpret_cast<T*>(block().shared.data() + address);
+  return *reinterpret_cast<T*>(block().shared.data() + at);
 }
-
-inline uint32_t shared_memory() { return 0; }
 
 // Copies wait here until their thread waits for them.
 struct Copies {
@@ -157,9 +159,15 @@ float dot(uint32_t a, uint32_t b) {
   return half_of<type>(a, 0) * half_of<type>(b, 0) + half_of<type>(a, 1) * half_of<type>(b, 1);
 }
 
-inline void store_shared(uint32_t address, uint32_t value) { shared<uint32_t>(address) = value; }
+template <typename T>
+void store(uint32_t address, T value) {
+  shared<T>(address) = value;
+  block().stores[block().thread()].push_back({address, sizeof value});
+}
 
-inline void store_shared(uint32_t address, uint4 value) { shared<uint4>(address) = value; }
+inline void store_shared(uint32_t address, uint32_t value) { store(address, value); }
+
+inline void store_shared(uint32_t address, uint4 value) { store(address, value); }
 
 inline uint4 load_shared(uint32_t address) { return shared<uint4>(address); }
 

@@ -12,7 +12,9 @@ namespace moca::ptx {
 // Everything that lives as long as a block of threads, beyond its shared memory.
 struct Hopper {
   struct Barrier {
-    int count = 0, arrived = 0, bytes = 0;
+    int count = 0, thread = 0;  // that made it
+    bool fenced = false;
+    int arrived = 0, bytes = 0;
     emulator::Counter phases = 0;  // that have ended
     void settle() {
       if (arrived == count && bytes == 0) {
@@ -33,6 +35,7 @@ struct Hopper {
   struct Warpgroup {
     emulator::Meeting meeting;
     Product next;
+    bool fenced[128] = {};  // whether its threads fenced their registers since the last group
     std::deque<std::vector<Product>> groups{{}};
     std::map<float*, std::vector<float>> results;  // in flight
   };
@@ -59,10 +62,13 @@ inline Hopper::Barrier& barrier_at(uint32_t address) {
 
 inline void init_barrier(uint32_t barrier, int count) {
   shared<uint64_t>(barrier);
-  hopper().barriers[barrier] = {count, 0, 0, 0};
+  hopper().barriers[barrier] = {count, block().thread()};
 }
 
-inline void fence_barriers() {}
+inline void fence_barriers() {
+  for (auto& [address, barrier] : hopper().barriers)
+    barrier.fenced |= barrier.thread == block().thread();
+}
 
 inline void arrive(uint32_t barrier) {
   auto& state = barrier_at(barrier);
@@ -80,6 +86,19 @@ inline void wait_barrier(uint32_t barrier, int parity) {
   while (static_cast<int>(state.phases & 1) == parity) block().wait(state.phases);
 }
 
+// A value in shared memory as copies and products know it.
+template <typename T>
+const T& known(uint32_t address) {
+  shared<T>(address);
+  return *reinterpret_cast<const T*>(block().known.data() + (address - shared_memory()));
+}
+
+// Makes them know these bytes.
+inline void publish(uint32_t address, uint32_t bytes) {
+  const uint32_t at = address - shared_memory();
+  std::memcpy(block().known.data() + at, block().shared.data() + at, bytes);
+}
+
 // An address that lies so many bytes into a box, in its swizzle of 16-byte chunks.
 inline uint32_t swizzled(uint32_t address, int span) {
   return address ^ ((address >> 7 & static_cast<uint32_t>(span / 16 - 1)) << 4);
@@ -88,9 +107,11 @@ inline uint32_t swizzled(uint32_t address, int span) {
 inline void copy_box(uint32_t target, const TensorMap& map, int column, int head, int token,
                      uint32_t barrier) {
   const int span = map.columns * 2;
-  if (target % 128) throw std::runtime_error("box not aligned");
-  std::memset(&shared<uint8_t>(target), 0xff, map.rows * span);
+  if (target % (8 * span)) throw std::runtime_error("box does not begin where its swizzle does");
+  if (!barrier_at(barrier).fenced) throw std::runtime_error("copies do not know the barrier");
   shared<uint8_t>(target + map.rows * span - 1);
+  std::memset(&shared<uint8_t>(target), 0xff, map.rows * span);
+  publish(target, map.rows * span);
   block().pending.push_back([=] {
     for (int row = 0; row < map.rows; ++row)
       for (int i = 0; i < map.columns; ++i) {
@@ -100,20 +121,33 @@ inline void copy_box(uint32_t target, const TensorMap& map, int column, int head
         shared<uint16_t>(swizzled(target + row * span + 2 * i, span)) =
             inside ? data[at * map.token_stride + head * map.head_stride + from] : 0;
       }
+    publish(target, map.rows * span);
     auto& state = barrier_at(barrier);
     state.bytes -= map.rows * span;
     state.settle();
   });
 }
 
-inline void fence_stores() {}
+inline void fence_stores() {
+  auto& stores = block().stores[block().thread()];
+  for (const auto& store : stores) publish(store.address, store.bytes);
+  stores.clear();
+}
+
+inline emulator::Meeting& named_barrier(int id, int threads) {
+  auto& meeting = block().barriers[id];
+  if (id == 0 || (meeting.arrived > 0 && meeting.size != threads))
+    throw std::runtime_error("barrier " + std::to_string(id) + " is used for something else");
+  meeting.size = threads;
+  return meeting;
+}
 
 inline void sync_named(int id, int threads) {
-  block().meet(block().barriers[id], threads, [] {});
+  block().meet(named_barrier(id, threads), threads, [] {});
 }
 
 inline void arrive_named(int id, int threads) {
-  auto& meeting = block().barriers[id];
+  auto& meeting = named_barrier(id, threads);
   if (++meeting.arrived == threads) {
     meeting.arrived = 0;
     ++meeting.round;
@@ -147,7 +181,7 @@ inline uint16_t operand_value(uint64_t operand, int k, int n, bool mn_major) {
   const int row = mn_major ? k : n, byte = 2 * (mn_major ? n : k);
   const uint32_t at =
       address + row % 8 * span + row / 8 * groups + byte % span + byte / span * columns;
-  return shared<uint16_t>(swizzled(at, span));
+  return known<uint16_t>(swizzled(at, span));
 }
 
 inline float value_of(uint16_t bits, DType type) {
@@ -187,6 +221,7 @@ inline Hopper::Warpgroup& this_warpgroup() { return hopper().warpgroups[block().
 inline void start_product(float* d, int columns, const uint32_t* registers, uint64_t a, uint64_t b,
                           bool add, bool mn_major, DType type) {
   auto& warpgroup = this_warpgroup();
+  if (!warpgroup.fenced[block().thread() % 128]) throw std::runtime_error("registers not fenced");
   auto& next = warpgroup.next;
   next.d.resize(128);
   next.registers.resize(registers == nullptr ? 0 : 128);
@@ -194,9 +229,13 @@ inline void start_product(float* d, int columns, const uint32_t* registers, uint
   if (registers != nullptr) next.registers[block().thread() % 128] = registers;
   const bool fresh = warpgroup.results.emplace(d, std::vector<float>(d, d + columns / 2)).second;
   if (fresh) std::fill(d, d + columns / 2, NAN);
-  block().meet(warpgroup.meeting, 128, [&] {
+  if (warpgroup.meeting.arrived == 0) {
     next.a = a;
     next.b = b;
+  } else if (next.a != a || next.b != b) {
+    throw std::runtime_error("threads of a warpgroup name different operands");
+  }
+  block().meet(warpgroup.meeting, 128, [&] {
     next.columns = columns;
     next.add = add;
     next.mn_major = mn_major;
@@ -205,10 +244,11 @@ inline void start_product(float* d, int columns, const uint32_t* registers, uint
   });
 }
 
-inline void begin_products() {}
+inline void begin_products() { this_warpgroup().fenced[block().thread() % 128] = true; }
 
 inline void commit_products() {
   auto& warpgroup = this_warpgroup();
+  warpgroup.fenced[block().thread() % 128] = false;
   block().meet(warpgroup.meeting, 128, [&] { warpgroup.groups.push_back({}); });
 }
 

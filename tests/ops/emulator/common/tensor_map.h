@@ -10,6 +10,7 @@ struct TensorBox {
   int64_t tokens, heads, dim, token_stride, head_stride;
   int rows, columns;
   DType dtype;
+  int device;
 };
 
 using TensorMap = TensorBox;
