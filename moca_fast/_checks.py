@@ -10,6 +10,12 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_bool(op: str, name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"moca_fast.{op}: {name}: expected True or False, got {value!r}")
+
+
 def check_int(op: str, name: str, value: object, least: int | None = None) -> None:
     """Raise unless `value` is a whole number, of at least `least`."""
     where = f"moca_fast.{op}: {name}"

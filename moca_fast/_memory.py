@@ -66,7 +66,10 @@ def _kept_block(size: int) -> mmap.mmap | None:
 
 def _fresh_block(size: int) -> mmap.mmap:
     size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # callers expect what torch raises
+        raise RuntimeError(f"moca_fast: the system has no {size} bytes of memory left") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without huge pages
             block.madvise(mmap.MADV_HUGEPAGE)

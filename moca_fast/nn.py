@@ -189,6 +189,6 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_every):
         # A reduce-scatter would move less, but gloo has none in every torch version we support.
-        d_every = d_every.contiguous()
+        d_every = d_every.clone(memory_format=torch.contiguous_format)  # others may hold it too
         dist.all_reduce(d_every, group=ctx.group)
         return d_every.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None

@@ -15,6 +15,7 @@ from moca_fast._checks import check_int, check_tensor
 from moca_fast._operator import operator
 from moca_fast.tile_plan import device_tiles
 
+MOST_TOKENS = 2**31 - 1  # spans are int32
 TILE_FIELDS = 5  # row_begin, row_end, key_begin, key_end, masked
 
 
@@ -49,10 +50,9 @@ class SpanMask:
         check_tensor("SpanMask", "start", start, shape=("T",), dtypes=(torch.int32,))
         size = start.shape[0]
         check_tensor("SpanMask", "end", end, shape=(size,), dtypes=(torch.int32,), like=start)
-        self.start = start.contiguous()
-        self.end = end.contiguous()
+        self.start, self.end = _saveable(start), _saveable(end)
         self.num_keys = size if num_keys is None else num_keys
-        check_int("SpanMask", "num_keys", self.num_keys, 0)
+        _check_size("num_keys", self.num_keys)
         self._tiles: dict[int, Tensor] = {}
         self._transposed: SpanMask | None = None
         if _checks_values(start) if validate is None else validate:
@@ -159,9 +159,12 @@ class SpanMask:
 
     def transposed(self) -> SpanMask:
         """The same pairs seen from the keys: key j is seen by queries [start[j], end[j])."""
-        if self._transposed is None:
-            self._transposed = self._transpose()
-        return self._transposed
+        if self._transposed is not None:
+            return self._transposed
+        transposed = self._transpose()
+        if _is_kept(transposed.start, self.start):
+            self._transposed = transposed
+        return transposed
 
     def _transpose(self) -> SpanMask:
         with _trainable():
@@ -187,12 +190,14 @@ class SpanMask:
             every row of the tile sees every key of the interval); unused tiles last, all 0. In
             the order of rows on the CPU; on an accelerator those with the most keys first.
         """
-        if rows not in self._tiles:
-            with _trainable():
-                self._tiles[rows] = torch.ops.moca_fast.span_tiles(
-                    self.start, self.end, self.num_keys, rows
-                )
-        return self._tiles[rows]
+        check_int("SpanMask.tiles", "rows", rows, 1)
+        if rows in self._tiles:
+            return self._tiles[rows]
+        with _trainable():
+            tiles = torch.ops.moca_fast.span_tiles(self.start, self.end, self.num_keys, rows)
+        if _is_kept(tiles, self.start):
+            self._tiles[rows] = tiles
+        return tiles
 
     def tile_efficiency(self, rows: int, columns: int = 1) -> float:
         """Useful query-key pairs / pairs computed by tiles of `rows` queries by `columns` keys.
@@ -200,6 +205,7 @@ class SpanMask:
         A tile is computed whole, for as many blocks of `columns` keys as its interval needs.
         1.0 if there is nothing to compute.
         """
+        check_int("SpanMask.tile_efficiency", "columns", columns, 1)
         useful = (self.end.long() - self.start.long()).sum()
         tiles = self.tiles(rows).long()
         blocks = (tiles[:, 3] - tiles[:, 2] + columns - 1) // columns
@@ -222,16 +228,39 @@ def _trainable() -> AbstractContextManager:
     return torch.inference_mode(False)
 
 
+def _saveable(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, as one that a backward may use: those of inference mode may not."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor.contiguous()
+    with torch.inference_mode(False):
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _is_kept(made: Tensor, of: Tensor) -> bool:
+    """Whether what was made of a mask is kept: not what torch.export makes of a real one."""
+    return type(made) is type(of)
+
+
 def _checks_values(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    real = type(tensor) is Tensor  # others have no values while torch traces
+    return real and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_size(name: str, value: int) -> None:
+    check_int("SpanMask", name, value, 0)
+    if value > MOST_TOKENS:
+        raise ValueError(f"moca_fast.SpanMask: {name}: expected at most 2^31 - 1, got {value}")
 
 
 def _documents(
     cu_seqlens: Tensor, total: int | None, validate: bool | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For every token its index, where its document begins and where it ends: (T,) int32 each."""
+    if total is not None:
+        _check_size("total", total)
     check_cu_seqlens("SpanMask", "cu_seqlens", cu_seqlens, total, validate)
     size = int(cu_seqlens[-1]) if total is None else total
+    _check_size("the last of cu_seqlens", size)
     bounds = cu_seqlens.to(torch.int32)
     bounds = torch.cat([bounds, bounds[-1:]])  # an empty document for tokens past the last one
     token = torch.arange(size, dtype=torch.int32, device=cu_seqlens.device)

@@ -87,9 +87,9 @@ Standardize standardize(Row<Target> target, int64_t size) {
 int64_t source(const MaskedPatchMseParams& p, int64_t m) {
   const int64_t row = p.index[m];
   if (row < 0 || row >= p.num_patches)
-    throw std::out_of_range("masked_patch_mse: index[" + std::to_string(m) + "] is " +
-                            std::to_string(row) + ", expected 0 to " +
-                            std::to_string(p.num_patches - 1));
+    throw std::out_of_range("moca_fast.masked_patch_mse: index[" + std::to_string(m) +
+                            "]: expected 0 to " + std::to_string(p.num_patches - 1) + ", got " +
+                            std::to_string(row));
   return row;
 }
 

@@ -100,9 +100,8 @@ def backward(
     lse_rest: Tensor,
     plan: list[Tensor],
     softmax_scale: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Every number is summed by one program in a fixed order, so `deterministic` changes nothing.
+    # Every number is summed by one program in a fixed order.
     given_scale = softmax_scale
     q, softmax_scale = _rising(q, softmax_scale)
     q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()

@@ -256,6 +256,18 @@ def test_nan_stays_in_its_document(spoiled, value):
     assert not all(x[inside].isfinite().all() for x in got)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_nobody_sees_reaches_nobody(backend):
+    mask = SpanMask.causal(cu(3, 40), total=50)
+    inputs = make(mask, 2, 1, 16, torch.float32)
+    run = lambda *x: attention(*x, mask, return_lse=True, backend=backend)  # noqa: E731
+    clean = grads(run, inputs)
+    for x in inputs[:4]:
+        x[43:] = math.nan
+    assert all(map(torch.equal, grads(run, inputs), clean))
+    assert not any(x[43:].any() for x in (clean[0], *clean[2:]))
+
+
 def test_hidden_nan_does_not_reach_causal_rows():
     mask = SpanMask.causal(cu(40))
     q, k, v, *_ = make(mask, 1, 1, 16, torch.float32)
@@ -297,10 +309,10 @@ def test_opcheck():
     spans = [mask.start, mask.end, mask.tiles(96), keys.start, keys.end, keys.tiles(96)]
     for backend in ("cpu", "reference"):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        arguments = (*leaves, spans, 0.25, False, backend)
+        arguments = (*leaves, spans, 0.25, backend)
         torch.library.opcheck(torch.ops.moca_fast.attention.default, arguments)
-        outputs = torch.ops.moca_fast.attention(q, k, v, spans, 0.25, False, backend)
-        arguments = (d_out, d_lse, q, k, v, *outputs, spans, 0.25, False, backend)
+        outputs = torch.ops.moca_fast.attention(q, k, v, spans, 0.25, backend)
+        arguments = (d_out, d_lse, q, k, v, *outputs, spans, 0.25, backend)
         torch.library.opcheck(torch.ops.moca_fast.attention_backward.default, arguments)
     torch.library.opcheck(
         torch.ops.moca_fast.span_tiles.default, (mask.start, mask.end, mask.num_keys, 96)

@@ -33,6 +33,8 @@ BAD = {
     "not a tensor": (case(q=[[1.0]]), TypeError, "q: expected a tensor, got list"),
     "mask type": (case(mask=torch.ones(7, 7)), TypeError, "mask: expected a SpanMask, got Tensor"),
     "mask size": (case(mask=SpanMask.full(cu(6))), ValueError, "expected 7 queries and 7 keys"),
+    "lse flag": (case(return_lse=3), TypeError, "return_lse: expected True or False, got 3"),
+    "flag": (case(deterministic="x"), TypeError, "deterministic: expected True or False, got 'x'"),
     "mask device": (
         case(mask=SpanMask.full(cu(7)).to("meta")),
         ValueError,

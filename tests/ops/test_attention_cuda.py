@@ -104,7 +104,7 @@ class Emulated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out, d_lse):
         saved = ctx.saved_tensors
-        return *cuda.backward(d_out, d_lse, *saved, ctx.plan, ctx.scale, False), None, None
+        return *cuda.backward(d_out, d_lse, *saved, ctx.plan, ctx.scale), None, None
 
 
 def plan(mask: SpanMask) -> list[Tensor]:

@@ -200,10 +200,10 @@ def test_opcheck(backend):
     q, k, v, d_out, d_lse = (x.to(DEVICE) for x in make(mask, 2, 1, 16, USUAL[backend]))
     spans = plan(mask)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    arguments = (*leaves, spans, 0.25, False, backend)
+    arguments = (*leaves, spans, 0.25, backend)
     torch.library.opcheck(torch.ops.moca_fast.attention.default, arguments)
-    outputs = torch.ops.moca_fast.attention(q, k, v, spans, 0.25, False, backend)
-    arguments = (d_out, d_lse, q, k, v, *outputs, spans, 0.25, False, backend)
+    outputs = torch.ops.moca_fast.attention(q, k, v, spans, 0.25, backend)
+    arguments = (d_out, d_lse, q, k, v, *outputs, spans, 0.25, backend)
     torch.library.opcheck(torch.ops.moca_fast.attention_backward.default, arguments)
     arguments = (mask.start, mask.end, mask.num_keys, 96)
     torch.library.opcheck(torch.ops.moca_fast.span_tiles.default, arguments)
@@ -280,7 +280,7 @@ x = torch.empty(300, 4, {dim}, dtype=torch.bfloat16)
 lse, spans = torch.empty(300, 4), torch.empty(300, dtype=torch.int32)
 mask = [spans, spans, torch.empty(9, 5, dtype=torch.int32)] * 2
 attention.forward(x, x[:, :2], x[:, 2:], mask, 0.1)
-attention.backward(x, lse, x, x[:, :2], x[:, 2:], x, lse, lse, mask, 0.1, True)
+attention.backward(x, lse, x, x[:, :2], x[:, 2:], x, lse, lse, mask, 0.1)
 """
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have, by architecture
 

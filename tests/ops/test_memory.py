@@ -104,6 +104,12 @@ def test_gradients_of_two_steps_do_not_mix():
     assert torch.equal(first, expected) and not torch.equal(second, expected)
 
 
+def test_no_memory_left():
+    """As where torch has none: a RuntimeError."""
+    with pytest.raises(RuntimeError, match="the system has no"):
+        empty((1 << 50,), torch.float32)
+
+
 def test_filled_by_torch_where_it_fills_fresh_memory():
     torch.use_deterministic_algorithms(True)
     assert torch.isnan(empty((LARGE,), torch.float32)).all()

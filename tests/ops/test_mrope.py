@@ -246,7 +246,9 @@ THREE = torch.zeros(3, 5, 16)
             TypeError,
             r"mrope_section: expected a whole number, got 2\.0",
         ),
+        ({"cos": THREE, "sin": THREE, "mrope_section": 8}, TypeError, "three numbers.*, got 8"),
         ({"interleaved": True}, ValueError, "expected an mrope_section with it"),
+        ({"interleaved": 1}, TypeError, "interleaved: expected True or False, got 1"),
         ({"backend": "cuda"}, ValueError, "holds no CUDA code|tensors are on cpu"),
     ],
 )

@@ -8,7 +8,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from moca_fast import info_nce, linear_cross_entropy, masked_patch_mse
-from moca_fast.nn import InfoNCELoss, LinearCrossEntropyLoss, MaskedPatchMSELoss
+from moca_fast.nn import (
+    InfoNCELoss,
+    LinearCrossEntropyLoss,
+    MaskedPatchMSELoss,
+    gather_rows,
+)
 
 SIZE, DIM, HARD = 6, 8, 2
 
@@ -61,6 +66,10 @@ def train_steps(rank: int, cases: list[list[int]], port: int, results) -> None:
             loss = model(*(x.split(sizes)[rank] for x in batch_of(sum(sizes))))
             loss.backward()
             results[case, rank] = (loss.item(), [p.grad.tolist() for p in model.parameters()])
+        gradient = torch.ones(4, 1)
+        rows = torch.zeros(2, 1, requires_grad=True)
+        gather_rows(rows, [2, 2]).backward(gradient)
+        results["gathered", rank] = (gradient.tolist(), rows.grad.tolist())
     finally:
         dist.destroy_process_group()
 
@@ -75,6 +84,8 @@ def test_two_processes_make_the_gradients_of_one():
         arguments = (cases, free_port(), shared)
         mp.start_processes(train_steps, arguments, nprocs=2, start_method="forkserver")
         results = dict(shared)
+    for rank in range(2):  # the gradient that a backward is given stays as it is
+        assert results["gathered", rank] == ([[1.0]] * 4, [[2.0]] * 2)
     for case, sizes in enumerate(cases):
         model = encoder()
         whole = model(*batch_of(sum(sizes)))

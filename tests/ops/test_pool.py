@@ -73,6 +73,12 @@ def test_empty_documents_and_rows_past_the_last(lengths, mode, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_whose_squares_overflow(backend):
+    pooled = moca_fast.pool(torch.full((4, 4), 1e25), boundaries([4]), backend=backend)
+    torch.testing.assert_close(pooled, torch.full((1, 4), 0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_documents(backend):
     op = lambda x: moca_fast.pool(x, torch.zeros(1).int(), backend=backend)  # noqa: E731
     pooled, d_hidden = run(op, [torch.randn(4, 8)])
@@ -142,6 +148,7 @@ def test_wrong_boundaries(bounds, backend):
         ({"cu_seqlens": torch.zeros(0).int()}, ValueError, r"B \+ 1 entries, got none"),
         ({"cu_seqlens": torch.zeros(2, device="meta").int()}, ValueError, "cpu, got meta"),
         ({"mode": "max"}, ValueError, "mode.*'max'"),
+        ({"normalize": 2}, TypeError, "normalize: expected True or False, got 2"),
     ],
 )
 def test_refusals(change, error, message):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moca_fast import SpanMask, attention
 from moca_fast.tile_plan import device_tiles
@@ -237,14 +238,54 @@ def test_bad_number_of_keys():
         SpanMask(ints(), ints(), -3)
 
 
-def test_plans_of_inference_serve_training():
+@pytest.mark.parametrize("total", [2**31, 2**40])
+def test_more_tokens_than_spans_can_name(total):
+    with pytest.raises(ValueError, match=rf"total: expected at most 2\^31 - 1, got {total}"):
+        SpanMask.full(cu(5), total)
+    with pytest.raises(ValueError, match=f"last of cu_seqlens: expected at most .* got {total}"):
+        SpanMask.full(torch.tensor([0, total]))
+    with pytest.raises(ValueError, match=f"num_keys: expected at most .* got {total}"):
+        SpanMask(ints(0), ints(1), total)
+
+
+def test_bad_sizes():
+    with pytest.raises(TypeError, match=r"total: expected a whole number, got 5\.0"):
+        SpanMask.full(cu(5), 5.0)
+    mask = SpanMask.full(cu(5))
+    for rows in (0, -3):
+        with pytest.raises(ValueError, match=f"rows: expected at least 1, got {rows}"):
+            mask.tiles(rows)
+    with pytest.raises(ValueError, match="columns: expected at least 1, got 0"):
+        mask.tile_efficiency(16, 0)
+
+
+def test_plans_and_masks_of_inference_serve_training():
     mask = SpanMask.full(cu(5, 3))
     x = torch.randn(8, 2, 16)
     with torch.inference_mode():
         attention(x, x, x, mask)
         assert not mask.transposed().start.is_inference()
-    attention(x.requires_grad_(), x, x, mask).sum().backward()
-    assert x.grad is not None
+        other = SpanMask.full(cu(5, 3))
+    for each in (mask, other):
+        x.grad = None
+        attention(x.requires_grad_(), x, x, each).sum().backward()
+        assert x.grad is not None
+
+
+def test_plans_of_a_trace_are_not_kept():
+    """A trace of fake tensors leaves none of them in the mask of a module."""
+
+    class Attention(torch.nn.Module):
+        mask = SpanMask.full(cu(5, 3))
+
+        def forward(self, x):
+            return attention(x, x, x, self.mask)
+
+    module, x = Attention(), torch.randn(8, 2, 16)
+    torch.export.export(module, (x,), strict=False)
+    with FakeTensorMode() as mode:
+        assert SpanMask.causal(mode.from_tensor(cu(5, 3)), 8).tiles(16).shape[1] == 5
+    assert torch.equal(module(x), attention(x, x, x, SpanMask.full(cu(5, 3))))
 
 
 def test_validation_can_be_left_out_or_forced():

@@ -34,9 +34,8 @@ def backward(
     lse_rest: Tensor,
     plan: list[Tensor],
     softmax_scale: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # No sum here depends on the order in which threads finish, so `deterministic` changes nothing.
+    # No sum here depends on the order in which threads finish.
     q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
     d_q, d_k, d_v = (empty_like(x) for x in (q, k, v))
     d_lse = d_lse.to(torch.float32).contiguous()

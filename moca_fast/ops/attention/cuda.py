@@ -46,9 +46,8 @@ def backward(
     lse_rest: Tensor,
     plan: list[Tensor],
     softmax_scale: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # No sum here depends on the order in which blocks run, so `deterministic` changes nothing.
+    # No sum here depends on the order in which blocks run.
     q, scale, sign = _positive(q, softmax_scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
     d_out, d_lse = _rows(d_out.contiguous()), d_lse.to(torch.float32).contiguous()

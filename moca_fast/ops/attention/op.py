@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_real, check_tensor
+from moca_fast._checks import FLOATS, check_bool, check_real, check_tensor
 from moca_fast._operator import operator
 from moca_fast.span_mask import SpanMask
 
@@ -51,17 +51,23 @@ def attention(
 
     Returns:
         (T, H, D) in the dtype of q, and with `return_lse` (T, H) float32. A query that sees no
-        key gets output 0, lse -inf and gradient 0.
+        key gets output 0, lse -inf and gradient 0. What nobody sees reaches nobody, be it NaN. NaN
+        and infinity in a document stay there on a CPU; on a GPU and in the reference they may reach
+        documents beside it.
 
     Raises:
         ValueError: shapes or devices that do not fit, a scale that is not finite, or a backend that
             cannot run the call.
-        TypeError: a wrong dtype, a mask that is not a SpanMask, or a scale that is no number.
+        TypeError: a wrong dtype, a mask that is not a SpanMask, a scale that is no number, or a
+            flag that is no bool.
     """
-    q, k, v = inputs(q, k, v, mask, softmax_scale=softmax_scale)
+    q, k, v = inputs(
+        q, k, v, mask,
+        softmax_scale=softmax_scale, return_lse=return_lse, deterministic=deterministic,
+    )  # fmt: skip
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     backend = _dispatch.requested(backend)
-    out, lse, _ = torch.ops.moca_fast.attention(q, k, v, plan(mask), scale, deterministic, backend)
+    out, lse, _ = torch.ops.moca_fast.attention(q, k, v, plan(mask), scale, backend)
     return (out, lse) if return_lse else out
 
 
@@ -109,6 +115,8 @@ def inputs(
         raise ValueError(f"moca_fast.{OP}: mask: expected device {q.device}, got {mask.device}")
     if softmax_scale is not None:
         check_real(OP, "softmax_scale", softmax_scale)
+    check_bool(OP, "return_lse", return_lse)
+    check_bool(OP, "deterministic", deterministic)
     return q, k, v
 
 
@@ -119,7 +127,6 @@ def _forward(
     v: Tensor,
     plan: list[Tensor],
     softmax_scale: float,
-    deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, lse in float32, and what rounding took from lse, so that the backward finds the
@@ -140,28 +147,25 @@ def _backward(
     lse_rest: Tensor,
     plan: list[Tensor],
     softmax_scale: float,
-    deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = _dispatch.select(OP, backend, q, k, v)
-    return kernel.backward(
-        d_out, d_lse, q, k, v, out, lse, lse_rest, plan, softmax_scale, deterministic
-    )
+    return kernel.backward(d_out, d_lse, q, k, v, out, lse, lse_rest, plan, softmax_scale)
 
 
 @_forward.register_fake
-def _(q, k, v, plan, softmax_scale, deterministic, backend):
+def _(q, k, v, plan, softmax_scale, backend):
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     return q.new_empty(q.shape), lse, torch.empty_like(lse)
 
 
 @_backward.register_fake
-def _(d_out, d_lse, q, k, v, out, lse, lse_rest, plan, softmax_scale, deterministic, backend):
+def _(d_out, d_lse, q, k, v, out, lse, lse_rest, plan, softmax_scale, backend):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, plan, ctx.softmax_scale, ctx.deterministic, ctx.backend = inputs
+    q, k, v, plan, ctx.softmax_scale, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, *output, *plan)
 
 
@@ -178,12 +182,11 @@ def _autograd(ctx, d_out, d_lse, _):
         lse_rest,
         plan,
         ctx.softmax_scale,
-        ctx.deterministic,
         ctx.backend,
     )
     needs = ctx.needs_input_grad
     grads = [grad if need else None for grad, need in zip((d_q, d_k, d_v), needs, strict=False)]
-    return *grads, None, None, None, None
+    return *grads, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

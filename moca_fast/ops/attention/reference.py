@@ -11,6 +11,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _seen(plan, q, k, v)
     queries, keys, values = _grouped(q, k), _wide(k), _wide(v)
     scores = _scores(queries, keys, plan, softmax_scale)
     out = torch.einsum("hgij,jhd->ihgd", _probabilities(scores, plan), values)
@@ -29,8 +30,8 @@ def backward(
     lse_rest: Tensor,
     plan: list[Tensor],
     softmax_scale: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, d_out = _seen(plan, q, k, v, d_out)
     queries, keys, values = _grouped(q, k), _wide(k), _wide(v)
     probabilities = _probabilities(_scores(queries, keys, plan, softmax_scale), plan)
     d_outs = _grouped(d_out, k)
@@ -44,6 +45,22 @@ def backward(
     gradients = zip((d_queries, d_keys, d_values), (q, k, v), strict=True)
     d_q, d_k, d_v = (gradient.to(like.dtype).contiguous() for gradient, like in gradients)
     return d_q, d_k, d_v
+
+
+def _seen(plan: list[Tensor], q: Tensor, k: Tensor, v: Tensor, *d_out: Tensor) -> list[Tensor]:
+    """The tensors with 0 for queries that see nothing and keys that nobody sees: 0 times what they
+    hold may be NaN."""
+    start, end, _, key_start, key_end, _ = plan
+    hidden = [
+        start >= end,
+        key_start >= key_end,
+        key_start >= key_end,
+        *[start >= end] * len(d_out),
+    ]
+    return [
+        x.masked_fill(rows[:, None, None], 0)
+        for x, rows in zip((q, k, v, *d_out), hidden, strict=True)
+    ]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
         check_tensor(OP, "temperature", temperature, shape=(), dtypes=FLOATS, like=query)
         return temperature.to(dtype)
     check_real(OP, "temperature", temperature)
-    _check_least(temperature, dtype)
+    _check_range(temperature, dtype)
     return torch.full((), temperature, dtype=dtype, device=query.device)
 
 
@@ -181,14 +181,14 @@ def _check_temperature(temperature: Tensor) -> None:
     """Of the kernels, which are given its value even where torch.compile traces the call."""
     if temperature.device.type == "cpu":
         check_real(OP, "temperature", temperature)
-        _check_least(temperature.item(), temperature.dtype)
+        _check_range(temperature.item(), temperature.dtype)
 
 
-def _check_least(temperature: float, dtype: torch.dtype) -> None:
+def _check_range(temperature: float, dtype: torch.dtype) -> None:
     """Below the smallest normal number, scores that are divided by it overflow."""
-    least = torch.finfo(dtype).tiny
-    if not temperature >= least:
-        expected = f"at least {least:.2g}" if temperature > 0 else "a number above 0"
+    least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    if not least <= temperature <= most:
+        expected = f"{least:.2g} to {most:.2g}" if temperature > 0 else "a number above 0"
         raise ValueError(f"moca_fast.{OP}: temperature: expected {expected}, got {temperature!r}")
 
 

@@ -114,7 +114,7 @@ def _autocast(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS[:3]:
         return tensor
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._checks import FLOATS, check_bool, check_tensor
 from moca_fast._operator import operator
 
 OP = "masked_patch_mse"
@@ -63,6 +63,7 @@ def inputs(
         raise ValueError(f"moca_fast.{OP}: expected patches of at least one value, got P = 0")
     if patches.requires_grad:
         raise ValueError(f"moca_fast.{OP}: patches is a target and gets no gradient; detach it")
+    check_bool(OP, "normalize", normalize)
     return pred, patches, index
 
 

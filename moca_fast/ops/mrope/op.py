@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_int, check_tensor
+from moca_fast._checks import FLOATS, check_bool, check_int, check_tensor
 from moca_fast._operator import operator
 
 OP = "mrope"
@@ -46,7 +46,8 @@ def mrope(
             (3, T, D) and of no others.
         interleaved: with `mrope_section`; False, as in Qwen2-VL and 2.5-VL: first all pairs of
             time, then of height, then of width. True, as in Qwen3-VL: pair 3 n + 1 turns by height
-            for n below its section, pair 3 n + 2 by width, all others by time.
+            for n below its section, pair 3 n + 2 by width, as far as there are such pairs, and all
+            others by time.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -83,20 +84,26 @@ def inputs(
     check_tensor(OP, "sin", sin, shape=shape, dtypes=(cos.dtype,), like=q)
     if cos.requires_grad or sin.requires_grad:
         raise ValueError(f"moca_fast.{OP}: cos and sin get no gradient; detach them")
+    check_bool(OP, "interleaved", interleaved)
     if mrope_section is not None:
-        for pairs in mrope_section:
-            check_int(OP, "mrope_section", pairs)
-        valid = len(mrope_section) == 3 and min(mrope_section) >= 0
-        if not valid or sum(mrope_section) != dim // 2:
-            raise ValueError(
-                f"moca_fast.{OP}: mrope_section: expected three numbers of pairs, D / 2 = "
-                f"{dim // 2} in all, got {tuple(mrope_section)}"
-            )
+        _check_section(mrope_section, dim // 2)
     elif interleaved:
         raise ValueError(
             f"moca_fast.{OP}: interleaved: expected an mrope_section with it, got None"
         )
     return q, k, cos, sin
+
+
+def _check_section(section: Sequence[int], pairs: int) -> None:
+    expected = (
+        f"moca_fast.{OP}: mrope_section: expected three numbers of pairs, D / 2 = {pairs} in all"
+    )
+    if not isinstance(section, Sequence):
+        raise TypeError(f"{expected}, got {section!r}")
+    for number in section:
+        check_int(OP, "mrope_section", number)
+    if len(section) != 3 or min(section) < 0 or sum(section) != pairs:
+        raise ValueError(f"{expected}, got {tuple(section)}")
 
 
 @operator("mrope")

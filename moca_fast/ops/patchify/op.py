@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_int, check_tensor
+from moca_fast._checks import FLOATS, check_int, check_real, check_tensor
 from moca_fast._operator import operator
 
 OP = "patchify"
@@ -18,6 +18,7 @@ OP = "patchify"
 # (github.com/openai/CLIP).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SMALLEST = torch.finfo(torch.float32).tiny  # standard deviation; what is less may count as 0
 
 
 def patchify(
@@ -95,8 +96,13 @@ def inputs(
     for name, values in (("mean", mean), ("std", std)):
         if not hasattr(values, "__len__") or len(values) != 3:
             raise ValueError(f"moca_fast.{OP}: {name}: expected 3 values, got {values!r}")
-    if not min(std) > 0:
-        raise ValueError(f"moca_fast.{OP}: std: expected positive values, got {tuple(std)}")
+        for value in values:
+            check_real(OP, name, value)
+    if min(std) < SMALLEST:
+        raise ValueError(
+            f"moca_fast.{OP}: std: expected positive values, of at least {SMALLEST:.2g}, got "
+            f"{tuple(std)}"
+        )
     if dtype not in FLOATS:
         raise TypeError(f"moca_fast.{OP}: dtype: expected a floating-point dtype, got {dtype}")
     return image, dtype

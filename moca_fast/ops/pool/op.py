@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moca_fast import _dispatch
-from moca_fast._checks import FLOATS, check_tensor
+from moca_fast._checks import FLOATS, check_bool, check_tensor
 from moca_fast._operator import operator
 
 OP = "pool"
@@ -62,6 +62,7 @@ def inputs(
         raise ValueError(f"moca_fast.{OP}: cu_seqlens: expected B + 1 entries, got none")
     if mode not in MODES:
         raise ValueError(f"moca_fast.{OP}: mode: expected one of {MODES}, got {mode!r}")
+    check_bool(OP, "normalize", normalize)
     return hidden, cu_seqlens
 
 

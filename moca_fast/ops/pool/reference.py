@@ -19,7 +19,8 @@ def forward(
     pooled = total.index_add(0, document, states) / count
     if not normalize:
         return pooled, pooled.new_ones(pooled.shape[0])
-    norm = torch.linalg.vector_norm(pooled, dim=1).clamp(min=EPSILON)
+    norm = torch.linalg.vector_norm(pooled, dim=1, dtype=torch.float64)  # no square overflows
+    norm = norm.to(pooled.dtype).clamp(min=EPSILON)
     return pooled / norm[:, None], norm
 
 
