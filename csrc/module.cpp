@@ -18,7 +18,9 @@
 #include <unistd.h>
 #endif
 
-#ifndef MOCA_CUDA_ARCHS  // CMake defines it where CUDA is compiled: "80,90a"
+#ifdef MOCA_CUDA_ARCHS  // CMake defines it where CUDA is compiled: "80,90a"
+#define MOCA_HAS_CUDA
+#else
 #define MOCA_CUDA_ARCHS ""
 #endif
 
@@ -118,6 +120,12 @@ PYBIND11_MODULE(_C, module) {
                                               {"compiler", __VERSION__},
                                               {"cuda_archs", MOCA_CUDA_ARCHS}};
   });
+#ifdef MOCA_HAS_CUDA
+  module.def("cuda_versions", [] {  // (driver, runtime), as 13020 for 13.2
+    const moca::CudaVersions versions = moca::cuda_versions();
+    return std::make_pair(versions.driver, versions.runtime);
+  });
+#endif
   module.def("cpu_isa", [] { return moca::isa_name(moca::active_isa()); });
   module.def("supported_isas", [] {  // of this processor, widest last
     std::vector<std::string> names;

@@ -32,8 +32,20 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 @cache
+def old_driver() -> str | None:
+    """Why the driver cannot run this build: its major version of CUDA must be no older."""
+    driver, runtime = _C.cuda_versions()
+    if driver // 1000 >= runtime // 1000:
+        return None
+    named = [f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver)]
+    return "this build is of CUDA {}, the driver runs CUDA {} and older".format(*named)
+
+
+@cache
 def missing_code(device: int) -> str | None:
-    """Why this build has no code for a GPU: what it holds, and what was found."""
+    """Why this build does not run on a GPU: what it holds, and what was found."""
+    if reason := old_driver():
+        return reason
     gpu = torch.cuda.get_device_properties(device)
     if any(runs_on(arch, (gpu.major, gpu.minor)) for arch in compiled()):
         return None

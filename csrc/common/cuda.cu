@@ -15,6 +15,13 @@ std::string no_kernel_image(int device) {
 
 }  // namespace
 
+CudaVersions cuda_versions() {
+  CudaVersions versions;
+  cudaDriverGetVersion(&versions.driver);
+  cudaRuntimeGetVersion(&versions.runtime);
+  return versions;
+}
+
 void check_cuda(cudaError_t status, const Launch& at) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // a launch that was refused leaves nothing behind for torch to trip over

@@ -1,4 +1,4 @@
-// Where a CUDA kernel runs. No CUDA header, so that bindings can name it.
+// Where a CUDA kernel runs, and what is there. No CUDA header, so that bindings can name it.
 #pragma once
 
 #include <cstdint>
@@ -9,5 +9,11 @@ struct Queue {
   int device;
   uintptr_t stream;  // a cudaStream_t: torch.cuda.current_stream(device).cuda_stream
 };
+
+struct CudaVersions {
+  int driver = 0, runtime = 0;  // 1000 major + 10 minor; a driver of 0 is none
+};
+
+CudaVersions cuda_versions();
 
 }  // namespace moca

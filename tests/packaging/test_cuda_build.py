@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,10 +40,31 @@ class Gpu:
 def test_a_gpu_without_code_is_told(monkeypatch):
     monkeypatch.setattr(_cuda, "compiled", lambda: ("80", "90a"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Gpu)
+    monkeypatch.setattr(_cuda, "old_driver", lambda: None)
     reason = _cuda.missing_code.__wrapped__(0)
     assert "holds CUDA code for sm_80, sm_90a, none of which runs on Some GPU (sm_75)" in reason
     monkeypatch.setattr(Gpu, "major", 8)
     assert _cuda.missing_code.__wrapped__(0) is None
+
+
+@pytest.mark.parametrize(
+    ("driver", "runs"), [(12080, False), (12990, False), (13000, True), (14010, True)]
+)
+def test_an_older_driver_is_told(driver, runs, monkeypatch):
+    native = SimpleNamespace(cuda_versions=lambda: (driver, 13020))
+    monkeypatch.setattr(_cuda, "_C", native)
+    told = f"this build is of CUDA 13.2, the driver runs CUDA {driver // 1000}."
+    reason = _cuda.old_driver.__wrapped__()
+    assert reason is None if runs else reason.startswith(told)
+    if not runs:
+        monkeypatch.setattr(_cuda, "old_driver", lambda: reason)
+        assert _cuda.missing_code.__wrapped__(0) == reason
+
+
+@needs_cuda_code
+def test_versions_of_this_build():
+    driver, runtime = _C.cuda_versions()
+    assert driver >= 0 and runtime // 1000 >= 12
 
 
 def test_the_module_loads_neither_torch_nor_a_driver():
