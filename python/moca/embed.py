@@ -219,7 +219,12 @@ def build_index(config: EmbedConfig) -> int:
         batch_tokens=config.batch_tokens,
         precision=config.precision,
     )
-    documents = list(load_documents(config.source, on_error=config.on_error, check=embedder.check))
+    documents = list(load_documents(
+        config.source,
+        image_root=config.image_root or None,
+        on_error=config.on_error,
+        check=embedder.check,
+    ))  # fmt: skip
     if not documents:
         raise ConfigError(f"source: {config.source} holds no documents")
     weights = weights_digest(config.model)

@@ -34,7 +34,12 @@ def evaluate_model(config: EvalConfig) -> Scores:
         batch_tokens=config.batch_tokens,
         precision=config.precision,
     )
-    options: dict[str, Any] = {"on_error": config.on_error, "check": embedder.check}
+    options: dict[str, Any] = {
+        "split": "test",
+        "image_root": config.image_root or None,
+        "on_error": config.on_error,
+        "check": embedder.check,
+    }
     pools = {}
     for task, source in config.pairs.items():
         pairs = list(load_pairs(source, task=task, **options))
@@ -44,10 +49,10 @@ def evaluate_model(config: EvalConfig) -> Scores:
     for task, folder in config.beir.items():
         pools[task] = load_beir(folder, **options)
     choices = {}
-    for task, file in config.mmeb.items():
-        choices[task] = load_mmeb(file, **options)
+    for task, source in config.mmeb.items():
+        choices[task] = list(load_mmeb(source, **options))
         if not choices[task]:
-            raise ConfigError(f"mmeb.{task}: {file} holds no rows")
+            raise ConfigError(f"mmeb.{task}: {source} holds no rows")
 
     def embed(documents: list[Document]):
         return embedder.encode(documents, progress=True)

@@ -255,7 +255,7 @@ def no_model(monkeypatch):
 def test_bad_rows_of_an_evaluation_are_skipped(beir, no_model, caplog):
     found = evaluate_model(EvalConfig(model="m", beir={"b": str(beir)}, on_error="skip"))
     assert found["b"]["model"]["precision@1"] == 1 and "skipped 1 of 2" in caplog.text
-    with pytest.raises(ValueError, match=r"corpus\.jsonl:2"):
+    with pytest.raises(ValueError, match=r"corpus\.jsonl line 2"):
         evaluate_model(EvalConfig(model="m", beir={"b": str(beir)}))
     empty = beir / "Set.jsonl"
     empty.write_text("{}\n")
