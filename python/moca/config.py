@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from moca.data.prompts import check_prompt
+
 OnError = Literal["raise", "skip"]
 # Of products; weights stay as they are. auto: bf16 where the hardware multiplies it, else fp32.
 Precision = Literal["auto", "fp32", "bf16"]
@@ -146,6 +148,10 @@ class EmbedConfig:
     model: str
     source: str  # as one of the documents of stage 1
     output: str  # the index directory; refused if it exists
+    # Wording around a document, and around what is searched for in the index. {} is the place of it
+    # all, {image} and {text} are those of its parts; without any, the wording goes before.
+    document_prompt: str = ""
+    query_prompt: str = ""
     batch_tokens: int = 8192
     max_length: int = 1280
     precision: Precision = "auto"
@@ -156,6 +162,7 @@ class EmbedConfig:
         _at_least(self, "batch_tokens", 1)
         _at_least(self, "max_length", 1)
         _folder(self, "image_root")
+        _prompts(self)
 
 
 @dataclass
@@ -168,6 +175,9 @@ class EvalConfig:
     mmeb: dict[str, str] = field(default_factory=dict)  # task name: source of MMEB-eval rows
     beir: dict[str, str] = field(default_factory=dict)  # task name: corpus, queries and qrels
     output: str = ""  # a JSON file for the metrics; empty prints only
+    # Wording around every query and every candidate, as for embedding; what MMEB rows say stays.
+    query_prompt: str = ""
+    document_prompt: str = ""
     batch_tokens: int = 8192
     max_length: int = 1280
     precision: Precision = "auto"
@@ -178,6 +188,7 @@ class EvalConfig:
         _at_least(self, "batch_tokens", 1)
         _at_least(self, "max_length", 1)
         _folder(self, "image_root")
+        _prompts(self)
         tasks = [*self.pairs, *self.mmeb, *self.beir]
         if not tasks:
             raise ConfigError("expected pairs, mmeb or beir: {task: source}, got no task")
@@ -348,6 +359,14 @@ def _seed(config: Any) -> None:
 def _folder(config: Any, name: str) -> None:
     if (path := getattr(config, name)) and not Path(path).is_dir():
         raise ConfigError(f"{name}: expected a folder, got {path}")
+
+
+def _prompts(config: Any) -> None:
+    for name in ("query_prompt", "document_prompt"):
+        try:
+            check_prompt(getattr(config, name))
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def _positive(config: Any, name: str) -> None:

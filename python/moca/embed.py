@@ -23,6 +23,7 @@ from moca.checkpoint import check_place, replacing
 from moca.config import ConfigError, EmbedConfig
 from moca.data.encode import Encoded, Encoder
 from moca.data.packing import pack
+from moca.data.prompts import prompted
 from moca.data.records import IMAGE_MARKER, Document
 from moca.data.sources import load_documents
 from moca.model import MocaModel, resolve_precision
@@ -37,6 +38,8 @@ ABOUT = {
     "dimension": int,
     "max_length": int,
     "precision": str,
+    "document_prompt": str,
+    "query_prompt": str,
 }
 # Documents that are encoded together and sorted by length before they are packed.
 WINDOW = 512
@@ -114,7 +117,7 @@ class Embedder:
             items: a list; each item is text, a PIL image, a path (os.PathLike) or bytes of an
                 image, a list of these (interleaved), {"text", "image"}, or a `Document`. A single
                 item that is no list is taken as a list of one.
-            prompt: text put before each item.
+            prompt: wording around each item; see `moca.data.prompts`. Plain text goes before it.
             progress: show a progress bar.
 
         Returns:
@@ -122,7 +125,7 @@ class Embedder:
 
         Raises:
             ValueError: an empty document, an unreadable image or an embedding that is not finite;
-                names the document, or gives its number.
+                names the document, or gives its number. A prompt of another form.
             TypeError: an item of another type.
         """
         if not isinstance(items, (list, tuple)):
@@ -152,7 +155,7 @@ class Embedder:
         document = Document.of(item, f"item {number}")
         if document.empty:
             raise ValueError(f"{document.name or f'item {number}'}: the document is empty")
-        return Document.of([prompt, document], document.name) if prompt else document
+        return prompted(document, prompt)
 
     @torch.no_grad()  # not inference_mode: masks of inference tensors are not kept on a GPU
     def _forward(self, encoded: list[Encoded]) -> np.ndarray:
@@ -228,7 +231,7 @@ def build_index(config: EmbedConfig) -> int:
     if not documents:
         raise ConfigError(f"source: {config.source} holds no documents")
     weights = weights_digest(config.model)
-    embeddings = embedder.encode(documents, progress=True)
+    embeddings = embedder.encode(documents, prompt=config.document_prompt, progress=True)
     dimension = embeddings.shape[1]
     table = pa.table({
         "name": [_printable(document.name) for document in documents],
@@ -243,6 +246,7 @@ def build_index(config: EmbedConfig) -> int:
                  else config.model, "weights": weights, "source": config.source,
                  "documents": len(documents), "dimension": dimension,
                  "max_length": config.max_length, "precision": config.precision,
+                 "document_prompt": config.document_prompt, "query_prompt": config.query_prompt,
                  **embedder.counts}  # fmt: skip
         (folder / INDEX).write_text(json.dumps(about, indent=1), encoding="utf-8")
     for reason, count in embedder.counts.items():
@@ -253,6 +257,7 @@ def build_index(config: EmbedConfig) -> int:
 def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
     """The `k` documents of an index nearest to a query, best first.
 
+    The query has the `query_prompt` that the index was made with around it.
     Says on stderr if the query was cut to the max_length of the index.
 
     Raises:
@@ -285,7 +290,8 @@ def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
             f"{folder}: made with another model than the one that lies in {model} now: its "
             "weights differ; embed the documents again"
         )
-    scores = vectors.reshape(-1, about["dimension"]) @ embedder.encode([query])[0]
+    [embedding] = embedder.encode([query], prompt=about["query_prompt"])
+    scores = vectors.reshape(-1, about["dimension"]) @ embedding
     if any(embedder.counts.values()):
         tqdm.write(
             f"the query was cut to the {about['max_length']} tokens (max_length) of the index",

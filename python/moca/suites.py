@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -15,6 +16,8 @@ from moca.data.records import IMAGE_MARKER, Document, Pair, document_from_record
 from moca.data.rows import Row, fields, file_rows, locate, open_rows, read_rows
 from moca.data.sources import Check, Records, check_images, task_name
 from moca.evaluate import Pool
+
+logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".parquet", ".tsv")
 
@@ -83,7 +86,8 @@ def load_beir(
 
     Corpus rows have ``_id`` or ``corpus-id`` and ``title``, ``text`` and/or ``image``; queries
     ``_id`` or ``query-id`` and ``text`` or ``query``; qrels ``query-id``, ``corpus-id`` and
-    ``score``. Queries without a relevant document are left out.
+    ``score``. Queries without a relevant document are left out. Of a document with an image, that
+    alone is taken; how many have a title or text beside it is logged.
 
     Args:
         folder: the folder; files are ``.jsonl``, ``.parquet`` or (qrels) ``.tsv``.
@@ -101,8 +105,11 @@ def load_beir(
     """
     root = Path(folder)
     images = Path(image_root) if image_root is not None else root
-    page = partial(_corpus_document, images=images)
+    unread = Counter[str]()
+    page = partial(_corpus_document, images=images, unread=unread)
     corpus = _documents(root, "corpus", split, page, on_error, check)
+    for field, count in unread.items():
+        logger.warning("%s: corpus: the %s beside %d images is not read", root, field, count)
     queries = _documents(root, "queries", split, _query_document, on_error, check)
     numbers = {key: i for i, key in enumerate(corpus)}
     judged: dict[str, dict[int, float]] = {}
@@ -205,7 +212,9 @@ def _documents(
     return found
 
 
-def _corpus_document(row: Mapping[str, Any], name: str, images: Path) -> Document:
+def _corpus_document(
+    row: Mapping[str, Any], name: str, images: Path, unread: Counter[str]
+) -> Document:
     parts = {key: row[key] for key in ("title", "text") if row.get(key) is not None}
     for key, value in parts.items():
         if not isinstance(value, str):
@@ -213,6 +222,7 @@ def _corpus_document(row: Mapping[str, Any], name: str, images: Path) -> Documen
     image = row.get("image")
     if image:
         # A page is its picture; text beside it would give the answer of the OCR, not of the model.
+        unread.update(key for key, value in parts.items() if value.strip())
         record = {"text": IMAGE_MARKER, "images": [image]}
         return document_from_record(record, root=images, name=name)
     text = "\n".join(filter(None, parts.values()))

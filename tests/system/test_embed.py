@@ -77,6 +77,40 @@ def test_prompt_is_put_before(embedder):
     np.testing.assert_allclose(with_prompt, embedder.encode(["a red square"]), atol=1e-5)
 
 
+def test_a_prompt_has_a_place_for_the_document(embedder):
+    item = ["red ", picture(), " square"]
+    for prompt, same in (
+        ("a {} in", ["a red ", picture(), " square in"]),
+        ("{image}a {text} in", [picture(), "a red  square in"]),
+        ("in {text}{image}", ["in red  square", picture()]),
+    ):
+        expected = embedder.encode([same])
+        np.testing.assert_allclose(embedder.encode([item], prompt=prompt), expected, atol=1e-5)
+    [braces] = embedder.encode("{} {image} {text}", prompt="{image}{text}")
+    np.testing.assert_allclose(braces, embedder.encode("{} {image} {text}")[0], atol=1e-5)
+    for prompt in ("{} {}", "{text}", "{image}", "{} {text}{image}", "<image>\nRepresent it."):
+        with pytest.raises(ValueError, match=r"expected wording around one \{\}.*got"):
+            embedder.encode([item], prompt=prompt)
+
+
+def test_an_index_keeps_its_prompts(built, tmp_path):
+    """Documents have one around them when they are embedded, queries when they are searched."""
+    source = tmp_path / "records.jsonl"
+    records = [{"text": IMAGE_MARKER, "images": ["red.png"]}, {"text": "a black square"}]
+    source.write_text("\n".join(map(json.dumps, records)))
+    picture().save(tmp_path / "red.png")
+    settings = {"document_prompt": "{}\nred square", "query_prompt": "a picture of"}
+    model, output = str(built / "model"), tmp_path / "index"
+    build_index(EmbedConfig(model, str(source), str(output), precision="fp32", **settings))
+    embedder = Embedder.from_pretrained(model, precision="fp32")
+    table = pq.read_table(output / EMBEDDINGS)
+    vectors = embedder.encode([[picture(), "\nred square"], "a black square\nred square"])
+    np.testing.assert_allclose(np.stack(table["embedding"].to_pylist()), vectors, atol=1e-5)
+    assert table["text"].to_pylist() == [record["text"] for record in records]
+    scores = sorted(vectors @ embedder.encode("a picture of frame")[0], reverse=True)
+    assert [hit.score for hit in search(output, " frame")] == pytest.approx(scores, abs=1e-5)
+
+
 def test_long_documents_are_counted(embedder):
     short = Embedder(embedder.model, max_length=12)
     short.encode(["a red square without colour in a picture document " * 3, [picture(), "a"]])
@@ -197,6 +231,7 @@ def test_an_index_of_another_model_is_refused(index, tmp_path):
         ("{}", r"index\.json: expected model \(str\), weights \(str\), documents \(int\), dim"),
         ("[]", r"index\.json: expected model \(str\)"),
         ("{", r"index\.json: damaged, no JSON"),
+        ({"query_prompt": None}, r"index\.json: expected query_prompt \(str\); .*earlier version"),
         ({"weights": None}, r"index\.json: expected weights \(str\); .*earlier version"),
         ({"max_length": "8"}, r"index\.json: expected max_length \(int\)"),
         ({"dimension": 31}, r"embeddings\.parquet: expected 25 rows of .*31 x float.*32 x float"),

@@ -160,6 +160,23 @@ def test_beir_parquet_pages(tmp_path):
     assert pool.relevance == [{1: 1.0}]
 
 
+def test_text_beside_the_image_of_a_page_is_counted(tmp_path, caplog):
+    page = {"image": "a.png", "text": "What is read on it."}
+    rows = [
+        page | {"_id": 1, "title": ""},
+        page | {"_id": 2, "title": "A"},
+        {"_id": 3, "text": "b"},
+    ]
+    write_jsonl(tmp_path / "corpus.jsonl", rows)
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "a"}])
+    write_jsonl(tmp_path / "qrels.jsonl", [{"query-id": 1, "corpus-id": 3}])
+    assert [item.text for item in load_beir(tmp_path).candidates] == [IMAGE_MARKER] * 2 + ["b"]
+    assert caplog.messages == [
+        f"{tmp_path}: corpus: the {field} beside {count} images is not read"
+        for field, count in (("text", 2), ("title", 1))
+    ]
+
+
 def test_beir_images_may_lie_elsewhere(tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "image": "a.png"}])
     write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "a"}])
