@@ -154,7 +154,7 @@ class EmbedConfig:
     query_prompt: str = ""
     batch_tokens: int = 8192
     max_length: int = 1280
-    precision: Precision = "auto"
+    precision: Precision = "auto"  # fp32 loads the weights in float32 too
     on_error: OnError = "raise"
     image_root: str = ""  # as in training
 
@@ -180,7 +180,7 @@ class EvalConfig:
     document_prompt: str = ""
     batch_tokens: int = 8192
     max_length: int = 1280
-    precision: Precision = "auto"
+    precision: Precision = "auto"  # fp32 loads the weights in float32 too
     on_error: OnError = "raise"
     image_root: str = ""  # as in training
 

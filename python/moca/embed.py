@@ -53,11 +53,13 @@ class Embedder:
         max_length: most tokens of a document. Text past it is cut, an image that does not fit is
             left out whole; both are counted in `counts`.
         batch_tokens: most tokens of one packed forward; a longer document goes alone.
-        precision: of the products of a model whose weights are float32: "fp32", "bf16", or "auto"
-            for bf16 where the hardware multiplies it. Other weights are used as they are.
+        precision: of the products: "fp32", of float32 weights alone; "bf16", of these or bfloat16;
+            or "auto", by which float32 weights are multiplied in bf16 where the hardware does that,
+            and others are used as they are.
 
     Raises:
-        ValueError: max_length or batch_tokens below 1, or an unknown precision.
+        ValueError: max_length or batch_tokens below 1, an unknown precision, or one that needs
+            other weights.
     """
 
     def __init__(
@@ -72,6 +74,12 @@ class Embedder:
         self.model = model
         self.batch_tokens = batch_tokens
         self.mixed = resolve_precision(precision) == "bf16" and model.vlm.dtype == torch.float32
+        fitting = {"fp32": (torch.float32,), "bf16": (torch.float32, torch.bfloat16)}
+        if precision in fitting and model.vlm.dtype not in fitting[precision]:
+            raise ValueError(
+                f"precision {precision}: expected weights of {fitting[precision]}, got "
+                f"{model.vlm.dtype}"
+            )
         self.encoder = Encoder(model.tokenizer, model.image_settings, max_length)
 
     @classmethod
@@ -90,13 +98,14 @@ class Embedder:
         Args:
             path: the directory or hub name.
             device: default a GPU if there is one, else the CPU.
-            dtype: of the weights; default that of the file.
+            dtype: of the weights; default float32 for precision "fp32", else that of the file.
             max_length, batch_tokens, precision: as in the class.
         """
-        model = MocaModel.from_pretrained(path)
+        if dtype is None and precision == "fp32":
+            dtype = torch.float32
+        model = MocaModel.from_pretrained(path, dtype=dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
-        return cls(model.eval(), max_length, batch_tokens, precision)
+        return cls(model.to(device).eval(), max_length, batch_tokens, precision)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from moca import Document, Embedder
+from moca import Document, Embedder, MocaModel
 from moca.config import ConfigError, EmbedConfig
 from moca.data.records import IMAGE_MARKER
 from moca.embed import EMBEDDINGS, INDEX, build_index, search
@@ -65,6 +65,23 @@ def test_precision(embedder):
     assert 0 < np.abs(rough - exact).max() < 0.02
     with pytest.raises(ValueError, match=r"precision: expected one of .*'bf16'.*, got 'half'"):
         Embedder(embedder.model, precision="half")
+
+
+def test_fp32_of_bf16_weights_is_that_of_the_same_weights_in_float32(tmp_path):
+    items = ["a red square", ["blue ", picture("blue", "frame")]]
+    model = MocaModel.from_pretrained(tiny.write_model(tmp_path / "m"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    exact = MocaModel.from_pretrained(tmp_path / "bf16", dtype=torch.float32).eval()
+    asked = Embedder.from_pretrained(tmp_path / "bf16", precision="fp32")
+    assert asked.model.vlm.dtype == torch.float32
+    np.testing.assert_array_equal(
+        asked.encode(items), Embedder(exact, precision="fp32").encode(items)
+    )
+    assert Embedder.from_pretrained(tmp_path / "bf16").model.vlm.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"precision fp32: .*float32.*, got torch\.bfloat16"):
+        Embedder.from_pretrained(tmp_path / "bf16", precision="fp32", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"precision bf16: .*bfloat16.*, got torch\.float16"):
+        Embedder.from_pretrained(tmp_path / "bf16", precision="bf16", dtype=torch.float16)
 
 
 def test_interleaving_matters(embedder):

@@ -4,6 +4,7 @@ In a prompt, ``{}`` stands for the document, text and images in reading order; o
 its images and ``{text}`` for its text without them. A prompt with none of these goes before the
 document. So ``"{}\\nRepresent the given document image."`` puts the wording after a page, and
 ``"{image}Represent the given image with the following question: {text}"`` between the two.
+Of a document that is too long the end is cut, and the wording that stands there with it.
 """
 
 from __future__ import annotations
