@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from moca.checkpoint import check_place, replacing
 from moca.config import ConfigError, EmbedConfig
 from moca.data.encode import Encoded, Encoder
-from moca.data.packing import pack
+from moca.data.packing import batches_by_cost, pack
 from moca.data.prompts import prompted
 from moca.data.records import IMAGE_MARKER, Document
 from moca.data.sources import load_documents
@@ -144,7 +144,8 @@ class Embedder:
         with tqdm(total=len(documents), desc="embedding", unit="doc", disable=not progress) as bar:
             for begin in range(0, len(documents), WINDOW):
                 window = [self.encoder(document) for document in documents[begin : begin + WINDOW]]
-                for rows in _packs(window, self.batch_tokens):
+                lengths = [min(len(encoded), self.batch_tokens) for encoded in window]
+                for rows in batches_by_cost(lengths, self.batch_tokens):
                     embeddings = self._forward([window[row] for row in rows])
                     numbers = [begin + row for row in rows]
                     bad = ~np.isfinite(embeddings).all(axis=1)
@@ -172,20 +173,6 @@ class Embedder:
         batch = pack(encoded, merge_size, image_token).to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed):
             return self.model.embed(batch).float().cpu().numpy()
-
-
-def _packs(encoded: list[Encoded], budget: int) -> Iterable[list[int]]:
-    """Rows of similar length whose tokens sum to at most the budget."""
-    rows: list[int] = []
-    room = budget
-    for row in sorted(range(len(encoded)), key=lambda row: -len(encoded[row])):
-        if rows and len(encoded[row]) > room:
-            yield rows
-            rows, room = [], budget
-        rows.append(row)
-        room -= len(encoded[row])
-    if rows:
-        yield rows
 
 
 @dataclass(frozen=True)
