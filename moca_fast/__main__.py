@@ -88,8 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m moca_fast", description="What was built, and what runs where."
     )
-    parser.add_argument("--wheel", type=Path, metavar="FILE", help="what a wheel holds")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="add a GPU's test results")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--wheel", type=Path, metavar="FILE", help="what a wheel holds")
+    one.add_argument("--record", type=Path, metavar="FILE", help="add a GPU's test results")
     given = parser.parse_args()
     try:
         if given.wheel:

@@ -9,9 +9,12 @@ torch or Triton does not unprove it.
 """
 
 import json
+import os
 import re
+from collections.abc import ItemsView
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +54,7 @@ def read(path: Path) -> Table:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected JSON: {error}") from error
     check(found, str(path))
     return found
@@ -59,23 +62,42 @@ def read(path: Path) -> Table:
 
 def check(found: Table, source: str) -> None:
     """Raises ValueError, naming the entry, where `found` is not a table."""
-    for op, backends in found.items():
-        for backend, architectures in backends.items():
-            for name, details in architectures.items():
+    for op, backends in _items(found, source):
+        for backend, architectures in _items(backends, f"{source}: {op}"):
+            for name, details in _items(architectures, f"{source}: {op}, {backend}"):
                 entry = f"{source}: {op}, {backend}, {name}"
                 if backend not in BACKENDS:
                     raise ValueError(f"{entry}: expected a backend of {BACKENDS}")
                 if not re.fullmatch(r"sm_\d+", name):
                     raise ValueError(f"{entry}: expected an architecture such as sm_90")
-                if sorted(details) != sorted(DETAILS):
-                    raise ValueError(f"{entry}: expected {DETAILS}, got {tuple(details)}")
+                given = tuple(key for key, _ in _items(details, entry))
+                if sorted(given) != sorted(DETAILS):
+                    raise ValueError(f"{entry}: expected {DETAILS}, got {given}")
+
+
+def _items(value: Any, entry: str) -> ItemsView[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{entry}: expected names with values, got {value!r:.80}")
+    return value.items()
 
 
 def record(found: Table, path: Path) -> None:
-    """Adds entries to the table at `path`, in place of older ones; makes the file if need be."""
+    """Adds entries to the table at `path`, in place of older ones; makes the file if need be.
+
+    The file is the old one or the new one, also where it cannot be written.
+
+    Raises:
+        ValueError: as `read`, of `found` too.
+    """
     check(found, "record")
     merged = read(path) if path.exists() else {}
     for op, backends in found.items():
         for backend, architectures in backends.items():
             merged.setdefault(op, {}).setdefault(backend, {}).update(architectures)
-    path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        text = json.dumps(merged, indent=2, sort_keys=True) + "\n"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from moca.data.prompts import check_prompt
+
 OnError = Literal["raise", "skip"]
 # Of products; weights stay as they are. auto: bf16 where the hardware multiplies it, else fp32.
 Precision = Literal["auto", "fp32", "bf16"]
@@ -48,6 +50,7 @@ class RunConfig:
     gradient_checkpointing: bool = False
     max_length: int = 1280  # tokens: stage 1 cuts what is longer in parts, stage 2 drops the rest
     on_error: OnError = "raise"  # unreadable record: raise | skip (counted and reported)
+    image_root: str = ""  # folder of the relative image paths in records; empty: of their file
     flip: float = 0.0  # probability that an image is mirrored left to right
     rotate: float = 0.0  # largest rotation of an image, degrees
     shift: float = 0.0  # largest move of an image, as a fraction of its sides
@@ -66,6 +69,7 @@ class RunConfig:
             _at_least(self, name, 0)
         for name in ("warmup", "flip", "shift"):
             _fraction(self, name)
+        _folder(self, "image_root")
         if not 0 <= self.zoom < 1:
             raise ConfigError(f"zoom: expected a number in [0, 1), got {self.zoom}")
         if self.muon_lr and self.optimizer != "muon":
@@ -79,7 +83,8 @@ class RunConfig:
 class CptConfig(RunConfig):
     """Stage 1, modality-aware continual pre-training (MoCa section 3.1)."""
 
-    # JSONL, JSON, Parquet, HTML folders, hub names; one alone needs no brackets
+    # JSONL, JSON, Parquet, HTML folders, hub names (owner/name:subset@split, split train if none is
+    # given); one alone needs no brackets
     documents: list[str] = field(default_factory=list)
     mlm_probability: float = 0.4  # of a text token to be masked
     mae_probability: float = 0.5  # of a merged image token to be masked
@@ -105,7 +110,8 @@ class CptConfig(RunConfig):
 class ContrastConfig(RunConfig):
     """Stage 2, heterogeneous contrastive fine-tuning (MoCa section 3.2)."""
 
-    # task name: source of its pairs; a folder of HTML has title-section and caption-figure alone
+    # task name: source of its pairs; a folder of HTML has title-section and caption-figure alone, a
+    # hub name (owner/name:subset@split) gives its split, or train is read
     pairs: dict[str, str] = field(default_factory=dict)
     batch_size: int = 24  # pairs a process and step
     task_batch_sizes: dict[str, int] = field(default_factory=dict)  # where a task's differs
@@ -140,16 +146,23 @@ class EmbedConfig:
     """Embed every document of a source into one Parquet file."""
 
     model: str
-    source: str  # JSONL, Parquet, HTML folder or hub name
+    source: str  # as one of the documents of stage 1
     output: str  # the index directory; refused if it exists
+    # Wording around a document, and around what is searched for in the index. {} is the place of it
+    # all, {image} and {text} are those of its parts; without any, the wording goes before.
+    document_prompt: str = ""
+    query_prompt: str = ""
     batch_tokens: int = 8192
     max_length: int = 1280
-    precision: Precision = "auto"
+    precision: Precision = "auto"  # fp32 loads the weights in float32 too
     on_error: OnError = "raise"
+    image_root: str = ""  # as in training
 
     def check(self) -> None:
         _at_least(self, "batch_tokens", 1)
         _at_least(self, "max_length", 1)
+        _folder(self, "image_root")
+        _prompts(self)
 
 
 @dataclass
@@ -157,19 +170,25 @@ class EvalConfig:
     """Metrics of a saved model over held-out pairs, MMEB tasks and BEIR folders."""
 
     model: str
-    # task name: source of its pairs; a folder of HTML has title-section and caption-figure alone
+    # task name: source of its pairs, as in training; a hub name that gives no split has test read
     pairs: dict[str, str] = field(default_factory=dict)
-    mmeb: dict[str, str] = field(default_factory=dict)  # task name: file of MMEB-eval rows
+    mmeb: dict[str, str] = field(default_factory=dict)  # task name: source of MMEB-eval rows
     beir: dict[str, str] = field(default_factory=dict)  # task name: corpus, queries and qrels
     output: str = ""  # a JSON file for the metrics; empty prints only
+    # Wording around every query and every candidate, as for embedding; what MMEB rows say stays.
+    query_prompt: str = ""
+    document_prompt: str = ""
     batch_tokens: int = 8192
     max_length: int = 1280
-    precision: Precision = "auto"
+    precision: Precision = "auto"  # fp32 loads the weights in float32 too
     on_error: OnError = "raise"
+    image_root: str = ""  # as in training
 
     def check(self) -> None:
         _at_least(self, "batch_tokens", 1)
         _at_least(self, "max_length", 1)
+        _folder(self, "image_root")
+        _prompts(self)
         tasks = [*self.pairs, *self.mmeb, *self.beir]
         if not tasks:
             raise ConfigError("expected pairs, mmeb or beir: {task: source}, got no task")
@@ -335,6 +354,19 @@ def _seed(config: Any) -> None:
     _at_least(config, "seed", 0)
     if config.seed >= SEEDS:
         raise ConfigError(f"seed: expected less than 2**63, got {config.seed}")
+
+
+def _folder(config: Any, name: str) -> None:
+    if (path := getattr(config, name)) and not Path(path).is_dir():
+        raise ConfigError(f"{name}: expected a folder, got {path}")
+
+
+def _prompts(config: Any) -> None:
+    for name in ("query_prompt", "document_prompt"):
+        try:
+            check_prompt(getattr(config, name))
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def _positive(config: Any, name: str) -> None:

@@ -155,7 +155,7 @@ def contrast(config: ContrastConfig) -> None:
     objective = ContrastObjective(model, config).to(accelerator.device)
     optimizers = build_optimizers(objective, config)
     encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
-    tasks = load_tasks(config.pairs, config.on_error, encoder.check)
+    tasks = load_tasks(config.pairs, config.on_error, encoder.check, config.image_root)
     schedule = make_schedule(tasks, config, accelerator.process_index, accelerator.num_processes)
     if config.cache_images:
         tasks = {name: _preloaded(pairs, model) for name, pairs in tasks.items()}
@@ -200,12 +200,18 @@ def contrast(config: ContrastConfig) -> None:
 
 
 def load_tasks(
-    sources: dict[str, str], on_error: OnError, check: Check = check_images
+    sources: dict[str, str],
+    on_error: OnError,
+    check: Check = check_images,
+    image_root: str = "",
 ) -> dict[str, list[Pair]]:
     """Pairs by task; an empty source is an error. See `Records` for `on_error` and `check`."""
+    root = image_root or None
     tasks = {}
     for name, source in sources.items():
-        tasks[name] = list(load_pairs(source, task=name, on_error=on_error, check=check))
+        tasks[name] = list(
+            load_pairs(source, image_root=root, task=name, on_error=on_error, check=check)
+        )
         if not tasks[name]:
             raise ConfigError(f"pairs.{name}: {source} holds no pairs")
     return tasks

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,8 @@ from tqdm import tqdm
 from moca.checkpoint import check_place, replacing
 from moca.config import ConfigError, EmbedConfig
 from moca.data.encode import Encoded, Encoder
-from moca.data.packing import pack
+from moca.data.packing import batches_by_cost, pack
+from moca.data.prompts import prompted
 from moca.data.records import IMAGE_MARKER, Document
 from moca.data.sources import load_documents
 from moca.model import MocaModel, resolve_precision
@@ -37,6 +38,8 @@ ABOUT = {
     "dimension": int,
     "max_length": int,
     "precision": str,
+    "document_prompt": str,
+    "query_prompt": str,
 }
 # Documents that are encoded together and sorted by length before they are packed.
 WINDOW = 512
@@ -50,11 +53,13 @@ class Embedder:
         max_length: most tokens of a document. Text past it is cut, an image that does not fit is
             left out whole; both are counted in `counts`.
         batch_tokens: most tokens of one packed forward; a longer document goes alone.
-        precision: of the products of a model whose weights are float32: "fp32", "bf16", or "auto"
-            for bf16 where the hardware multiplies it. Other weights are used as they are.
+        precision: of the products: "fp32", of float32 weights alone; "bf16", of these or bfloat16;
+            or "auto", by which float32 weights are multiplied in bf16 where the hardware does that,
+            and others are used as they are.
 
     Raises:
-        ValueError: max_length or batch_tokens below 1, or an unknown precision.
+        ValueError: max_length or batch_tokens below 1, an unknown precision, or one that needs
+            other weights.
     """
 
     def __init__(
@@ -69,6 +74,12 @@ class Embedder:
         self.model = model
         self.batch_tokens = batch_tokens
         self.mixed = resolve_precision(precision) == "bf16" and model.vlm.dtype == torch.float32
+        fitting = {"fp32": (torch.float32,), "bf16": (torch.float32, torch.bfloat16)}
+        if precision in fitting and model.vlm.dtype not in fitting[precision]:
+            raise ValueError(
+                f"precision {precision}: expected weights of {fitting[precision]}, got "
+                f"{model.vlm.dtype}"
+            )
         self.encoder = Encoder(model.tokenizer, model.image_settings, max_length)
 
     @classmethod
@@ -87,13 +98,14 @@ class Embedder:
         Args:
             path: the directory or hub name.
             device: default a GPU if there is one, else the CPU.
-            dtype: of the weights; default that of the file.
+            dtype: of the weights; default float32 for precision "fp32", else that of the file.
             max_length, batch_tokens, precision: as in the class.
         """
-        model = MocaModel.from_pretrained(path)
+        if dtype is None and precision == "fp32":
+            dtype = torch.float32
+        model = MocaModel.from_pretrained(path, dtype=dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
-        return cls(model.eval(), max_length, batch_tokens, precision)
+        return cls(model.to(device).eval(), max_length, batch_tokens, precision)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -114,7 +126,7 @@ class Embedder:
             items: a list; each item is text, a PIL image, a path (os.PathLike) or bytes of an
                 image, a list of these (interleaved), {"text", "image"}, or a `Document`. A single
                 item that is no list is taken as a list of one.
-            prompt: text put before each item.
+            prompt: wording around each item; see `moca.data.prompts`. Plain text goes before it.
             progress: show a progress bar.
 
         Returns:
@@ -122,7 +134,7 @@ class Embedder:
 
         Raises:
             ValueError: an empty document, an unreadable image or an embedding that is not finite;
-                names the document, or gives its number.
+                names the document, or gives its number. A prompt of another form.
             TypeError: an item of another type.
         """
         if not isinstance(items, (list, tuple)):
@@ -132,7 +144,8 @@ class Embedder:
         with tqdm(total=len(documents), desc="embedding", unit="doc", disable=not progress) as bar:
             for begin in range(0, len(documents), WINDOW):
                 window = [self.encoder(document) for document in documents[begin : begin + WINDOW]]
-                for rows in _packs(window, self.batch_tokens):
+                lengths = [min(len(encoded), self.batch_tokens) for encoded in window]
+                for rows in batches_by_cost(lengths, self.batch_tokens):
                     embeddings = self._forward([window[row] for row in rows])
                     numbers = [begin + row for row in rows]
                     bad = ~np.isfinite(embeddings).all(axis=1)
@@ -152,7 +165,7 @@ class Embedder:
         document = Document.of(item, f"item {number}")
         if document.empty:
             raise ValueError(f"{document.name or f'item {number}'}: the document is empty")
-        return Document.of([prompt, document], document.name) if prompt else document
+        return prompted(document, prompt)
 
     @torch.no_grad()  # not inference_mode: masks of inference tensors are not kept on a GPU
     def _forward(self, encoded: list[Encoded]) -> np.ndarray:
@@ -160,20 +173,6 @@ class Embedder:
         batch = pack(encoded, merge_size, image_token).to(self.model.device)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed):
             return self.model.embed(batch).float().cpu().numpy()
-
-
-def _packs(encoded: list[Encoded], budget: int) -> Iterable[list[int]]:
-    """Rows of similar length whose tokens sum to at most the budget."""
-    rows: list[int] = []
-    room = budget
-    for row in sorted(range(len(encoded)), key=lambda row: -len(encoded[row])):
-        if rows and len(encoded[row]) > room:
-            yield rows
-            rows, room = [], budget
-        rows.append(row)
-        room -= len(encoded[row])
-    if rows:
-        yield rows
 
 
 @dataclass(frozen=True)
@@ -219,11 +218,16 @@ def build_index(config: EmbedConfig) -> int:
         batch_tokens=config.batch_tokens,
         precision=config.precision,
     )
-    documents = list(load_documents(config.source, on_error=config.on_error, check=embedder.check))
+    documents = list(load_documents(
+        config.source,
+        image_root=config.image_root or None,
+        on_error=config.on_error,
+        check=embedder.check,
+    ))  # fmt: skip
     if not documents:
         raise ConfigError(f"source: {config.source} holds no documents")
     weights = weights_digest(config.model)
-    embeddings = embedder.encode(documents, progress=True)
+    embeddings = embedder.encode(documents, prompt=config.document_prompt, progress=True)
     dimension = embeddings.shape[1]
     table = pa.table({
         "name": [_printable(document.name) for document in documents],
@@ -238,6 +242,7 @@ def build_index(config: EmbedConfig) -> int:
                  else config.model, "weights": weights, "source": config.source,
                  "documents": len(documents), "dimension": dimension,
                  "max_length": config.max_length, "precision": config.precision,
+                 "document_prompt": config.document_prompt, "query_prompt": config.query_prompt,
                  **embedder.counts}  # fmt: skip
         (folder / INDEX).write_text(json.dumps(about, indent=1), encoding="utf-8")
     for reason, count in embedder.counts.items():
@@ -248,6 +253,7 @@ def build_index(config: EmbedConfig) -> int:
 def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
     """The `k` documents of an index nearest to a query, best first.
 
+    The query has the `query_prompt` that the index was made with around it.
     Says on stderr if the query was cut to the max_length of the index.
 
     Raises:
@@ -280,7 +286,8 @@ def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
             f"{folder}: made with another model than the one that lies in {model} now: its "
             "weights differ; embed the documents again"
         )
-    scores = vectors.reshape(-1, about["dimension"]) @ embedder.encode([query])[0]
+    [embedding] = embedder.encode([query], prompt=about["query_prompt"])
+    scores = vectors.reshape(-1, about["dimension"]) @ embedding
     if any(embedder.counts.values()):
         tqdm.write(
             f"the query was cut to the {about['max_length']} tokens (max_length) of the index",

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from moca.data.prompts import prompted
 from moca.data.records import IMAGE_MARKER, Document, Pair
 
 # Relevance of the candidates of each query: candidate -> gain (finite, above 0).
@@ -220,6 +221,11 @@ class Pool:
                 relevance.append({})
             relevance[query][candidate] = 1.0
         return cls(queries.items, candidates.items, relevance)
+
+    def prompted(self, query: str, document: str) -> Pool:
+        """The same with a prompt around every query, and another around every candidate."""
+        queries = [prompted(item, query) for item in self.queries]
+        return Pool(queries, [prompted(item, document) for item in self.candidates], self.relevance)
 
     def evaluate(self, embed: Embed, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
         """The metrics of a model; ``embed`` turns documents into (N, D) embeddings."""

@@ -190,11 +190,6 @@ class MocaModel(nn.Module):
         return self.tokenizer.mask_token_id
 
     @property
-    def image_token_id(self) -> int:
-        """The token that stands for a piece of an image."""
-        return self.vlm.config.image_token_id
-
-    @property
     def device(self) -> torch.device:
         return self.vlm.device
 

@@ -301,7 +301,8 @@ def _documents(config: CptConfig, model: MocaModel, encoder: Encoder) -> list[Do
 
     documents: list[Document] = []
     for source in config.documents:
-        documents += load_documents(source, on_error=config.on_error, check=check)
+        root = config.image_root or None
+        documents += load_documents(source, image_root=root, on_error=config.on_error, check=check)
     if config.cache_images:
         documents = [preload_images(document, model.image_settings) for document in documents]
     return documents

@@ -9,10 +9,11 @@ from typing import Any
 
 from moca.checkpoint import write_file
 from moca.config import ConfigError, EvalConfig
+from moca.data.prompts import prompted_pair
 from moca.data.records import Document
 from moca.data.sources import load_pairs
 from moca.embed import Embedder, check_new_output
-from moca.evaluate import Pool, candidate_precision, chance
+from moca.evaluate import Embed, Pool, candidate_precision, chance
 from moca.suites import load_beir, load_mmeb
 
 # Task -> who ("model", "chance", "tf-idf") -> metric -> value from 0 to 1.
@@ -34,7 +35,12 @@ def evaluate_model(config: EvalConfig) -> Scores:
         batch_tokens=config.batch_tokens,
         precision=config.precision,
     )
-    options: dict[str, Any] = {"on_error": config.on_error, "check": embedder.check}
+    options: dict[str, Any] = {
+        "split": "test",
+        "image_root": config.image_root or None,
+        "on_error": config.on_error,
+        "check": embedder.check,
+    }
     pools = {}
     for task, source in config.pairs.items():
         pairs = list(load_pairs(source, task=task, **options))
@@ -44,17 +50,18 @@ def evaluate_model(config: EvalConfig) -> Scores:
     for task, folder in config.beir.items():
         pools[task] = load_beir(folder, **options)
     choices = {}
-    for task, file in config.mmeb.items():
-        choices[task] = load_mmeb(file, **options)
+    for task, source in config.mmeb.items():
+        choices[task] = list(load_mmeb(source, **options))
         if not choices[task]:
-            raise ConfigError(f"mmeb.{task}: {file} holds no rows")
+            raise ConfigError(f"mmeb.{task}: {source} holds no rows")
 
     def embed(documents: list[Document]):
         return embedder.encode(documents, progress=True)
 
-    scores: Scores = {task: evaluate_pool(pool, embed) for task, pool in pools.items()}
+    prompts = config.query_prompt, config.document_prompt
+    scores: Scores = {task: evaluate_pool(pool, embed, *prompts) for task, pool in pools.items()}
     for task, pairs in choices.items():
-        result = candidate_precision(embed, pairs)
+        result = candidate_precision(embed, [prompted_pair(pair, *prompts) for pair in pairs])
         scores[task] = {
             "model": {"precision@1": result["precision@1"]},
             "chance": {"precision@1": result["chance"]},
@@ -71,9 +78,17 @@ def evaluate_model(config: EvalConfig) -> Scores:
     return scores
 
 
-def evaluate_pool(pool: Pool, embed) -> dict[str, dict[str, float]]:
-    """A model's metrics over a pool with chance and, where both sides have text, TF-IDF."""
-    result = {"model": pool.evaluate(embed), "chance": chance(len(pool.candidates), pool.relevance)}
+def evaluate_pool(
+    pool: Pool, embed: Embed, query_prompt: str = "", document_prompt: str = ""
+) -> dict[str, dict[str, float]]:
+    """A model's metrics over a pool with chance and, where both sides have text, TF-IDF.
+
+    The prompts are for the model alone; see `moca.data.prompts`.
+    """
+    result = {
+        "model": pool.prompted(query_prompt, document_prompt).evaluate(embed),
+        "chance": chance(len(pool.candidates), pool.relevance),
+    }
     if tfidf := pool.tfidf():
         result["tf-idf"] = tfidf
     return result

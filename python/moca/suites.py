@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from moca.config import OnError
 from moca.data.records import IMAGE_MARKER, Document, Pair, document_from_record, pair_from_record
-from moca.data.sources import Check, OnError, check_images, parquet_rows
+from moca.data.rows import Row, fields, file_rows, locate, open_rows, read_rows
+from moca.data.sources import Check, Records, check_images, task_name
 from moca.evaluate import Pool
 
 logger = logging.getLogger(__name__)
-
-# Where a row stands, and what reads it.
-Row = tuple[str, Callable[[], dict[str, Any]]]
 
 _SUFFIXES = (".jsonl", ".parquet", ".tsv")
 
 
 def load_mmeb(
-    path: str | os.PathLike,
+    source: str | os.PathLike,
+    *,
+    split: str = "test",
     image_root: str | os.PathLike | None = None,
     on_error: OnError = "raise",
     check: Check = check_images,
-) -> list[Pair]:
+) -> Records[Pair]:
     """Read MMEB rows: ``qry_text``, ``qry_img_path``, ``tgt_text`` (list), ``tgt_img_path`` (list).
 
     The first target is the right one: it becomes the positive, the others the negatives, which is
@@ -39,47 +38,47 @@ def load_mmeb(
     that of every target, with a space between.
 
     Args:
-        path: a ``.jsonl`` or ``.parquet`` file.
+        source: a file, a folder of these, or the name of a hub data set, as in `load_pairs`.
+        split: of a hub data set whose name gives none.
         image_root: folder of relative image paths; default the folder of the file.
-        on_error: "raise" stops at the first bad row; "skip" leaves it out, counts it and logs a
-            summary.
-        check: to skip, is called with every document here, so that none can fail later; raises
-            ValueError for a bad one.
+        on_error, check: what a bad row does, and what else makes one bad; see `Records`.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file or folder.
         ValueError: a row of another form, an empty query or target; names file and row.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"MMEB file not found: {file}")
-    root = Path(image_root) if image_root is not None else file.parent
-    pairs: list[Pair] = []
+    place = locate(source, split)
+    rows = open_rows(place)
 
-    def add(row: dict[str, Any], name: str) -> None:
-        texts, images = _targets(row, name)
-        query_image = row.get("qry_img_path")
-        record = {
-            "qry": _instructed(row, "qry", row.get("qry_text"), query_image, f"{name}: query"),
-            "qry_image_path": query_image,
-            "pos_text": texts[0],
-            "pos_image_path": images[0],
-            "neg_text": texts[1:],
-            "neg_image_path": images[1:],
-        }
-        pair = pair_from_record(record, root=root, task=file.stem, name=name)
-        if on_error == "skip":
-            for document in (pair.query, pair.positive, *pair.negatives):
-                check(document)
-        pairs.append(pair)
+    def items() -> Iterator[tuple[str, Callable[[], Pair]]]:
+        for (name, get), folder in rows():
+            root = image_root if image_root is not None else folder
+            yield name, partial(_choice, get, name, root, task_name(place))
 
-    _read(str(file), _rows(file), add, on_error)
-    return pairs
+    return Records(str(place), items, on_error, check)
+
+
+def _choice(get: Callable[[], Any], name: str, root: str | os.PathLike | None, task: str) -> Pair:
+    """An MMEB row as a query with its right candidate and the wrong ones."""
+    row = fields(get(), name)
+    texts, images = _targets(row, name)
+    query_image = row.get("qry_img_path")
+    record = {
+        "qry": _instructed(row, "qry", row.get("qry_text"), query_image, f"{name}: query"),
+        "qry_image_path": query_image,
+        "pos_text": texts[0],
+        "pos_image_path": images[0],
+        "neg_text": texts[1:],
+        "neg_image_path": images[1:],
+    }
+    return pair_from_record(record, root=root, task=task, name=name)
 
 
 def load_beir(
     folder: str | os.PathLike,
+    *,
     split: str = "test",
+    image_root: str | os.PathLike | None = None,
     on_error: OnError = "raise",
     check: Check = check_images,
 ) -> Pool:
@@ -87,11 +86,13 @@ def load_beir(
 
     Corpus rows have ``_id`` or ``corpus-id`` and ``title``, ``text`` and/or ``image``; queries
     ``_id`` or ``query-id`` and ``text`` or ``query``; qrels ``query-id``, ``corpus-id`` and
-    ``score``. Queries without a relevant document are left out.
+    ``score``. Queries without a relevant document are left out. Of a document with an image, that
+    alone is taken; how many have a title or text beside it is logged.
 
     Args:
         folder: the folder; files are ``.jsonl``, ``.parquet`` or (qrels) ``.tsv``.
         split: where a part has files of several splits, the one whose name starts with this.
+        image_root: folder of relative image paths; default the folder itself.
         on_error, check: as in `load_mmeb`; judgements of what was skipped are bad rows too.
 
     Returns:
@@ -103,12 +104,18 @@ def load_beir(
             names file and row.
     """
     root = Path(folder)
-    corpus = _documents(root, "corpus", split, _corpus_document, on_error, check)
+    images = Path(image_root) if image_root is not None else root
+    unread = Counter[str]()
+    page = partial(_corpus_document, images=images, unread=unread)
+    corpus = _documents(root, "corpus", split, page, on_error, check)
+    for field, count in unread.items():
+        logger.warning("%s: corpus: the %s beside %d images is not read", root, field, count)
     queries = _documents(root, "queries", split, _query_document, on_error, check)
     numbers = {key: i for i, key in enumerate(corpus)}
     judged: dict[str, dict[int, float]] = {}
 
-    def judge(row: dict[str, Any], name: str) -> None:
+    def judge(name: str, get: Callable[[], Any]) -> None:
+        row = fields(get(), name)
         query, document = _id(row, name, "query-id"), _id(row, name, "corpus-id")
         for key, known, what in ((query, queries, "query"), (document, corpus, "document")):
             if key not in known:
@@ -117,7 +124,7 @@ def load_beir(
         if judged.setdefault(query, {}).setdefault(numbers[document], score) != score:
             raise ValueError(f"{name}: query {query!r} and document {document!r} have two scores")
 
-    _read(f"{root}: qrels", _part(root, "qrels", split), judge, on_error)
+    _take(root, "qrels", split, judge, on_error)
     gains = {query: {i: s for i, s in scores.items() if s > 0} for query, scores in judged.items()}
     gains = {query: relevant for query, relevant in gains.items() if relevant}
     if not gains:
@@ -125,29 +132,17 @@ def load_beir(
     return Pool([queries[key] for key in gains], list(corpus.values()), list(gains.values()))
 
 
-def _read(
-    source: str,
-    rows: Iterable[Row],
-    take: Callable[[dict[str, Any], str], None],
+def _take(
+    root: Path,
+    part: str,
+    split: str,
+    take: Callable[[str, Callable[[], Any]], None],
     on_error: OnError,
 ) -> None:
-    """Hand every row to `take`, which raises where it is bad."""
-    if on_error not in get_args(OnError):
-        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
-    total, skipped = 0, Counter[str]()
-    for name, get in rows:
-        total += 1
-        try:
-            take(get(), name)
-        except ValueError as error:
-            if on_error == "raise":
-                raise
-            skipped[str(error).removeprefix(f"{name}: ")] += 1
-            logger.debug("skipped %s", error)
-    if skipped:
-        [(reason, _)] = skipped.most_common(1)
-        count = skipped.total()
-        logger.warning("%s: skipped %d of %d rows, most often: %s", source, count, total, reason)
+    """Hand the name and the reader of every row of a part to `take`."""
+    rows = ((name, partial(take, name, get)) for name, get in _part(root, part, split))
+    for _ in read_rows(f"{root}: {part}", rows, on_error, Counter()):
+        pass
 
 
 def _score(value: Any, name: str) -> float:
@@ -160,7 +155,7 @@ def _score(value: Any, name: str) -> float:
     return score
 
 
-def _targets(row: dict[str, Any], name: str) -> tuple[list, list]:
+def _targets(row: Mapping[str, Any], name: str) -> tuple[list, list]:
     """Texts and images of the targets, lists of one length."""
     texts, images = row.get("tgt_text"), row.get("tgt_img_path")
     for key, values in (("tgt_text", texts), ("tgt_img_path", images)):
@@ -179,7 +174,7 @@ def _targets(row: dict[str, Any], name: str) -> tuple[list, list]:
     return texts, images
 
 
-def _instructed(row: dict[str, Any], side: str, text: Any, image: Any, where: str) -> Any:
+def _instructed(row: Mapping[str, Any], side: str, text: Any, image: Any, where: str) -> Any:
     """The text of one side after the side's instruction; what else it may be is checked later."""
     instruction = row.get(f"{side}_inst") or ""
     if not isinstance(instruction, str):
@@ -203,20 +198,23 @@ def _documents(
 ) -> dict[str, Document]:
     found: dict[str, Document] = {}
 
-    def add(row: dict[str, Any], name: str) -> None:
+    def add(name: str, get: Callable[[], Any]) -> None:
+        row = fields(get(), name)
         key = _id(row, name, "_id", "corpus-id" if part == "corpus" else "query-id")
         if key in found:
             raise ValueError(f"{name}: id {key!r} occurs twice")
-        document = make(row, root, name)
+        document = make(row, name)
         if on_error == "skip":
             check(document)
         found[key] = document
 
-    _read(f"{root}: {part}", _part(root, part, split), add, on_error)
+    _take(root, part, split, add, on_error)
     return found
 
 
-def _corpus_document(row: dict[str, Any], root: Path, name: str) -> Document:
+def _corpus_document(
+    row: Mapping[str, Any], name: str, images: Path, unread: Counter[str]
+) -> Document:
     parts = {key: row[key] for key in ("title", "text") if row.get(key) is not None}
     for key, value in parts.items():
         if not isinstance(value, str):
@@ -224,21 +222,23 @@ def _corpus_document(row: dict[str, Any], root: Path, name: str) -> Document:
     image = row.get("image")
     if image:
         # A page is its picture; text beside it would give the answer of the OCR, not of the model.
-        return document_from_record({"text": IMAGE_MARKER, "images": [image]}, root=root, name=name)
+        unread.update(key for key, value in parts.items() if value.strip())
+        record = {"text": IMAGE_MARKER, "images": [image]}
+        return document_from_record(record, root=images, name=name)
     text = "\n".join(filter(None, parts.values()))
     if not text.strip():
         raise ValueError(f"{name}: the document is empty: no title, no text and no image")
     return document_from_record({"text": text}, name=name)
 
 
-def _query_document(row: dict[str, Any], root: Path, name: str) -> Document:
+def _query_document(row: Mapping[str, Any], name: str) -> Document:
     text = row.get("text") or row.get("query")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{name}: expected a query in 'text' or 'query', found {sorted(row)}")
     return Document(text, (), name)
 
 
-def _id(row: dict[str, Any], name: str, *keys: str) -> str:
+def _id(row: Mapping[str, Any], name: str, *keys: str) -> str:
     for key in keys:
         if row.get(key) is not None:
             return str(row[key])
@@ -255,51 +255,4 @@ def _part(root: Path, part: str, split: str) -> Iterator[Row]:
     if not files:
         raise FileNotFoundError(f"{root}: expected {part}.jsonl, {part}.parquet or a folder {part}")
     for file in files:
-        yield from _rows(file)
-
-
-def _rows(file: Path) -> Iterator[Row]:
-    """The rows of a .jsonl, .parquet or .tsv file."""
-    if file.suffix == ".parquet":
-        return parquet_rows(file, f"{file}:")
-    return (_table_rows if file.suffix == ".tsv" else _json_rows)(file)
-
-
-def _table_rows(file: Path) -> Iterator[Row]:
-    """Rows under a line of field names, all parted by tabs."""
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t")
-        try:
-            header = next(reader, [])
-            for values in filter(None, reader):
-                name = f"{file}:{reader.line_num}"
-                yield name, partial(_table_row, header, values, name)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: no table after line {reader.line_num}: {error}") from error
-
-
-def _table_row(header: list[str], values: list[str], name: str) -> dict[str, Any]:
-    if len(values) != len(header):
-        raise ValueError(
-            f"{name}: expected {len(header)} fields parted by tabs ({', '.join(header)}), "
-            f"got {len(values)}: {values}"
-        )
-    return dict(zip(header, values, strict=True))
-
-
-def _json_rows(file: Path) -> Iterator[Row]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                name = f"{file}:{number}"
-                yield name, partial(_json_row, line, name)
-
-
-def _json_row(line: bytes, name: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: no JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{name}: expected an object, got {type(row).__name__}")
-    return row
+        yield from file_rows(file, str(file.relative_to(root)))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from moca.data.encode import Encoder
-from moca.data.images import load_patches
+from moca.data.images import decode, patchify, resize
 from moca.data.records import IMAGE_MARKER, Document
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -46,7 +46,8 @@ def test_markers_become_image_tokens(encoder, picture, tokenizer):
         expanded = expanded.replace("<|image_pad|>", "<#>" * count, 1)
     expected = tokenizer(expanded.replace("<#>", "<|image_pad|>"), add_special_tokens=False)
     assert encoded.input_ids.tolist() == expected["input_ids"]
-    patches = [load_patches(image, encoder.settings) for image in document.images]
+    resized = (resize(decode(image), encoder.settings) for image in document.images)
+    patches = [patchify(np.asarray(image), encoder.settings) for image in resized]
     np.testing.assert_array_equal(encoded.patches, np.concatenate([p for p, _ in patches]))
     assert encoded.grids.tolist() == [list(grid) for _, grid in patches]
 

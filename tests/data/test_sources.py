@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import types
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -141,7 +142,7 @@ def test_missing_sources(tmp_path):
     with pytest.raises(ValueError, match=r"data\.csv: expected one of"):
         load_pairs(tmp_path / "data.csv")
     with pytest.raises(ValueError, match="on_error"):
-        load_pairs(write(tmp_path / "a.jsonl", PAIRS), on_error="ignore")
+        list(load_pairs(write(tmp_path / "a.jsonl", PAIRS), on_error="ignore"))
 
 
 @pytest.mark.parametrize(
@@ -221,27 +222,37 @@ def test_faults_of_a_kind_are_one_reason(tmp_path):
     assert source.skipped == {"cannot read image in memory: its format is unknown": 4}
 
 
-def test_hub_data_sets_never_run_remote_code(monkeypatch):
+def test_hub_data_sets_never_run_remote_code(monkeypatch, caplog):
     calls = []
 
     def load_dataset(*args, **options):
         calls.append((args, options))
         if args[0] == "owner/broken":
             raise ConnectionError("offline")
+        if args[0] == "owner/pictures":
+            return PAIRS[1:]
         return [{"text": "one"}, {"qry": "q", "pos_text": "p"}]
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     document = next(iter(load_documents("owner/name", split="test")))
-    assert document == Document("one", (), "owner/name row 0")
-    pairs = load_pairs("owner/name:subset", streaming=True, on_error="skip")
+    assert document == Document("one", (), "owner/name@test row 0")
+    with caplog.at_level(logging.WARNING):
+        pairs = list(load_pairs("owner/name:subset", on_error="skip"))
     assert [pair.task for pair in pairs] == ["subset"]
-    assert calls == [
-        (("owner/name", None), {"split": "test", "streaming": False}),
-        (("owner/name", "subset"), {"split": "train", "streaming": True}),
-    ]
-    with pytest.raises(ValueError, match=r"owner/broken: cannot load split 'train'.*offline"):
+    assert "owner/name:subset@train is read, for the source names no split" in caplog.text
+    caplog.clear()
+    pairs = load_pairs("owner/name@test[:50%]", image_root="root")
+    with pytest.raises(ValueError, match=r"owner/name@test\[:50%\] row 0: field 'qry'"):
+        list(pairs)
+    assert "is read" not in caplog.text
+    splits = [(None, "test"), ("subset", "train"), (None, "test[:50%]")]
+    assert calls == [(("owner/name", subset), {"split": split}) for subset, split in splits]
+    with pytest.raises(ValueError, match=r"owner/broken@train: cannot load split 'train'.*offline"):
         list(load_documents("owner/broken"))
+    assert next(iter(load_pairs("owner/pictures@a", image_root="root"))).query.images == (
+        Path("root/a.png"),
+    )
 
 
 def test_negatives_that_are_python_code_are_refused(tmp_path):

@@ -105,6 +105,45 @@ def test_wrong_entries(tmp_path, entry, message):
         _verified.read(path)
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([], r"expected names with values, got \[\]"),
+        ({"attention": 3}, ": attention: expected names with values, got 3"),
+        ({"pool": {"cuda": "sm_90"}}, "pool, cuda: expected names with values, got 'sm_90'"),
+        ({"pool": {"cuda": {"sm_90": ["date"]}}}, "pool, cuda, sm_90: expected names with"),
+    ],
+)
+def test_what_is_no_table(tmp_path, table, message):
+    path = tmp_path / "verified.json"
+    path.write_text(json.dumps(table))
+    for given in (lambda: _verified.read(path), lambda: _verified.record(table, tmp_path / "new")):
+        with pytest.raises(ValueError, match=message):
+            given()
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "verified.json"
+    _verified.record({"pool": {"cuda": {"sm_90": HOW}}}, path)
+    before = path.read_bytes()
+
+    def full_disk(self, text, **options):
+        self.write_bytes(text.encode()[:9])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        _verified.record({"pool": {"triton": {"sm_90": HOW}}}, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_wheel_and_a_record_are_not_asked_for_together(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["moca_fast", "--wheel", "a.whl", "--record", "b.json"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--record: not allowed with argument --wheel" in capsys.readouterr().err
+
+
 def test_what_is_not_json(tmp_path, capsys, monkeypatch):
     path = Path(tmp_path, "x.json")
     path.write_text("no")

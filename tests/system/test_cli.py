@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -57,6 +59,33 @@ def test_train_both_stages(data, tmp_path, capsys):
     assert "hard_negatives: 2" in (tmp_path / "cl/config.yaml").read_text()
 
 
+def test_pairs_of_the_hub_are_evaluated_on_their_test_split(data, tmp_path, monkeypatch, caplog):
+    """And their relative image paths are taken from the root that is given."""
+    pairs = [json.loads(line) for line in Path(data["pictures"]).read_text().splitlines()]
+    splits = []
+
+    def load_dataset(name, subset, split):
+        splits.append(split)
+        return pairs
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    root = f"image_root={Path(data['pictures']).parent}"
+    settings = [f"model={data['model']}", root, "precision=fp32"]
+    assert main(["eval", *settings, "pairs.t=owner/name", "pairs.u=owner/name@train"]) == 0
+    assert splits == ["test", "train"]
+    assert caplog.messages == [
+        "owner/name@test is read, for the source names no split; owner/name@SPLIT reads another"
+    ]
+    source = "owner/name:subset@validation"
+    training = [f"output={tmp_path}/cl", f"pairs.t={source}", "steps=1", "batch_size=4"]
+    assert main(["contrast", *settings, *training]) == 0
+    assert splits[2:] == ["validation"]
+    pairs[:] = [{"text": "<image>", "images": [row["pos_image_path"]]} for row in pairs]
+    assert main(["embed", *settings, f"output={tmp_path}/i", f"source={source}"]) == 0
+    training = [f"output={tmp_path}/cpt", f"documents={source}", "steps=1"]
+    assert main(["cpt", *settings, *training]) == 0
+
+
 def test_a_budget_below_the_cost_of_a_record_is_named(data, tmp_path, capsys):
     settings = [f"model={data['model']}", f"documents={data['documents']}", "precision=fp32"]
     assert main(["cpt", *settings, f"output={tmp_path}/o", "steps=2", "batch_cost=10"]) == 2
@@ -75,6 +104,7 @@ def test_a_budget_below_the_cost_of_a_record_is_named(data, tmp_path, capsys):
         (["search", "nowhere", "query"], 2, "nowhere is no index"),
         (["eval", "model=m"], 2, "expected pairs, mmeb or beir"),
         (["embed", "model=m", "source=s", "output=o", "on_error=ignore"], 2, "on_error"),
+        (["eval", "model=m", "pairs.t=a/b", "image_root=no"], 2, "image_root: expected a folder"),
     ],
 )
 def test_errors(arguments, status, message, capsys, tmp_path, monkeypatch):

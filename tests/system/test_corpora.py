@@ -325,18 +325,6 @@ def test_splits_are_the_same_every_time(manual):
     assert [task.train for task in first.tasks] == [task.train for task in second.tasks]
 
 
-def test_prompts_stand_before_queries_and_documents(manual):
-    plain = load_corpora(docs=manual, progress=False)
-    prompts = {"caption-figure": ("Find: ", "Represent the given image: ")}
-    corpora = load_corpora(docs=manual, progress=False, prompts=prompts)
-    assert corpora.tasks[0].test == plain.tasks[0].test
-    for before, after in zip(plain.tasks[1].test, corpora.tasks[1].test, strict=True):
-        assert after.query.text == f"Find: {before.query.text}"
-        assert after.positive.text == f"Represent the given image: {IMAGE_MARKER}"
-    with pytest.raises(ValueError, match="captions"):
-        load_corpora(docs=manual, progress=False, prompts={"captions": ("a", "b")})
-
-
 def test_written_documents_keep_their_names(manual, tmp_path):
     corpora = load_corpora(docs=manual, progress=False)
     write_corpora(corpora, tmp_path / "data", ImageSettings(), lambda items, label: items)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from moca import Document, Embedder
+from moca import Document, Embedder, MocaModel
 from moca.config import ConfigError, EmbedConfig
 from moca.data.records import IMAGE_MARKER
 from moca.embed import EMBEDDINGS, INDEX, build_index, search
@@ -67,6 +67,23 @@ def test_precision(embedder):
         Embedder(embedder.model, precision="half")
 
 
+def test_fp32_of_bf16_weights_is_that_of_the_same_weights_in_float32(tmp_path):
+    items = ["a red square", ["blue ", picture("blue", "frame")]]
+    model = MocaModel.from_pretrained(tiny.write_model(tmp_path / "m"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    exact = MocaModel.from_pretrained(tmp_path / "bf16", dtype=torch.float32).eval()
+    asked = Embedder.from_pretrained(tmp_path / "bf16", precision="fp32")
+    assert asked.model.vlm.dtype == torch.float32
+    np.testing.assert_array_equal(
+        asked.encode(items), Embedder(exact, precision="fp32").encode(items)
+    )
+    assert Embedder.from_pretrained(tmp_path / "bf16").model.vlm.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"precision fp32: .*float32.*, got torch\.bfloat16"):
+        Embedder.from_pretrained(tmp_path / "bf16", precision="fp32", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"precision bf16: .*bfloat16.*, got torch\.float16"):
+        Embedder.from_pretrained(tmp_path / "bf16", precision="bf16", dtype=torch.float16)
+
+
 def test_interleaving_matters(embedder):
     a, b = embedder.encode([["red ", picture(), " square"], [picture(), "red  square"]])
     assert a @ b < 1 - 1e-6
@@ -75,6 +92,40 @@ def test_interleaving_matters(embedder):
 def test_prompt_is_put_before(embedder):
     with_prompt = embedder.encode(["square"], prompt="a red ")
     np.testing.assert_allclose(with_prompt, embedder.encode(["a red square"]), atol=1e-5)
+
+
+def test_a_prompt_has_a_place_for_the_document(embedder):
+    item = ["red ", picture(), " square"]
+    for prompt, same in (
+        ("a {} in", ["a red ", picture(), " square in"]),
+        ("{image}a {text} in", [picture(), "a red  square in"]),
+        ("in {text}{image}", ["in red  square", picture()]),
+    ):
+        expected = embedder.encode([same])
+        np.testing.assert_allclose(embedder.encode([item], prompt=prompt), expected, atol=1e-5)
+    [braces] = embedder.encode("{} {image} {text}", prompt="{image}{text}")
+    np.testing.assert_allclose(braces, embedder.encode("{} {image} {text}")[0], atol=1e-5)
+    for prompt in ("{} {}", "{text}", "{image}", "{} {text}{image}", "<image>\nRepresent it."):
+        with pytest.raises(ValueError, match=r"expected wording around one \{\}.*got"):
+            embedder.encode([item], prompt=prompt)
+
+
+def test_an_index_keeps_its_prompts(built, tmp_path):
+    """Documents have one around them when they are embedded, queries when they are searched."""
+    source = tmp_path / "records.jsonl"
+    records = [{"text": IMAGE_MARKER, "images": ["red.png"]}, {"text": "a black square"}]
+    source.write_text("\n".join(map(json.dumps, records)))
+    picture().save(tmp_path / "red.png")
+    settings = {"document_prompt": "{}\nred square", "query_prompt": "a picture of"}
+    model, output = str(built / "model"), tmp_path / "index"
+    build_index(EmbedConfig(model, str(source), str(output), precision="fp32", **settings))
+    embedder = Embedder.from_pretrained(model, precision="fp32")
+    table = pq.read_table(output / EMBEDDINGS)
+    vectors = embedder.encode([[picture(), "\nred square"], "a black square\nred square"])
+    np.testing.assert_allclose(np.stack(table["embedding"].to_pylist()), vectors, atol=1e-5)
+    assert table["text"].to_pylist() == [record["text"] for record in records]
+    scores = sorted(vectors @ embedder.encode("a picture of frame")[0], reverse=True)
+    assert [hit.score for hit in search(output, " frame")] == pytest.approx(scores, abs=1e-5)
 
 
 def test_long_documents_are_counted(embedder):
@@ -197,6 +248,7 @@ def test_an_index_of_another_model_is_refused(index, tmp_path):
         ("{}", r"index\.json: expected model \(str\), weights \(str\), documents \(int\), dim"),
         ("[]", r"index\.json: expected model \(str\)"),
         ("{", r"index\.json: damaged, no JSON"),
+        ({"query_prompt": None}, r"index\.json: expected query_prompt \(str\); .*earlier version"),
         ({"weights": None}, r"index\.json: expected weights \(str\); .*earlier version"),
         ({"max_length": "8"}, r"index\.json: expected max_length \(int\)"),
         ({"dimension": 31}, r"embeddings\.parquet: expected 25 rows of .*31 x float.*32 x float"),

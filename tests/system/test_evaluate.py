@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import ClassVar
@@ -238,7 +239,8 @@ def beir(tmp_path) -> Path:
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """Instead of a model, the letters of the documents."""
+    """Instead of a model, the letters of the documents; called with what is told of them."""
+    told = []
 
     class Letters:
         counts: ClassVar[dict[str, int]] = {}
@@ -247,20 +249,50 @@ def no_model(monkeypatch):
             pass
 
         def encode(self, documents, progress):
+            for tell in told:
+                tell(documents)
             return letter_embedding(documents)
 
     monkeypatch.setattr(retrieval.Embedder, "from_pretrained", lambda *_, **__: Letters())
+    return told.append
 
 
 def test_bad_rows_of_an_evaluation_are_skipped(beir, no_model, caplog):
     found = evaluate_model(EvalConfig(model="m", beir={"b": str(beir)}, on_error="skip"))
     assert found["b"]["model"]["precision@1"] == 1 and "skipped 1 of 2" in caplog.text
-    with pytest.raises(ValueError, match=r"corpus\.jsonl:2"):
+    with pytest.raises(ValueError, match=r"corpus\.jsonl line 2"):
         evaluate_model(EvalConfig(model="m", beir={"b": str(beir)}))
     empty = beir / "Set.jsonl"
     empty.write_text("{}\n")
     with pytest.raises(ConfigError, match=r"mmeb\.m: .*Set\.jsonl holds no rows"):
         evaluate_model(EvalConfig(model="m", mmeb={"m": str(empty)}, on_error="skip"))
+
+
+def test_prompts_are_around_what_the_model_embeds(beir, no_model, tmp_path):
+    """Of every kind of task, and not of what TF-IDF compares."""
+    seen = []
+    no_model(seen.append)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"qry": "a", "pos_text": "b", "neg_text": []}\n')
+    rows = tmp_path / "Set.jsonl"
+    row = {"qry_inst": "Name", "qry_text": "a", "tgt_text": ["b", "c"], "tgt_img_path": ["", ""]}
+    rows.write_text(json.dumps(row) + "\n")
+    sources = {"pairs": {"p": str(pairs)}, "mmeb": {"m": str(rows)}, "beir": {"b": str(beir)}}
+    config = EvalConfig(
+        "m", **sources, on_error="skip", query_prompt="Find: ", document_prompt="({text}){image}"
+    )
+    config.check()
+    plain = evaluate_model(EvalConfig("m", **sources, on_error="skip"))
+    seen.clear()
+    scores = evaluate_model(config)
+    assert scores["b"]["tf-idf"] == plain["b"]["tf-idf"]
+    assert [[document.text for document in documents] for documents in seen] == [
+        *(["Find: a"], ["(b)"]),
+        *(["Find: a"], ["(a)"]),
+        ["Find: Name a", "(b)", "(c)"],
+    ]
+    with pytest.raises(ConfigError, match=r"document_prompt: expected wording .* got '\{text\}'"):
+        EvalConfig("m", **sources, document_prompt="{text}").check()
 
 
 def test_an_output_that_cannot_be_made_is_refused_first(beir):

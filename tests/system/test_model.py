@@ -27,7 +27,7 @@ def batch(tiny_model, pictures):
     encoder = Encoder(tiny_model.tokenizer, tiny_model.image_settings)
     items = ["the quick fox", pictures[0], ["a", pictures[1], "b", pictures[2]], "z"]
     encoded = [encoder(Document.of(item)) for item in items]
-    return pack(encoded, tiny_model.image_settings.merge_size, tiny_model.image_token_id)
+    return pack(encoded, tiny_model.image_settings.merge_size, tiny_model.vlm.config.image_token_id)
 
 
 def test_embeddings_are_normalised_means(tiny_model, batch):
@@ -76,7 +76,7 @@ def test_other_architectures(kind, tiny_tokenizer, pictures, tmp_path):
     model = build_model(config, tiny_tokenizer, settings)
     encoder = Encoder(tiny_tokenizer, settings)
     encoded = [encoder(Document.of(item)) for item in ("text", ["a", pictures[0], "b"])]
-    packed = pack(encoded, 2, model.image_token_id)
+    packed = pack(encoded, 2, model.vlm.config.image_token_id)
     want = model.embed(packed)
     model.save_pretrained(tmp_path / "model")
     loaded = MocaModel.from_pretrained(tmp_path / "model", attn_implementation="eager")
@@ -137,7 +137,7 @@ def test_causal_model_with_last_pooling(tiny_tokenizer, tiny_settings, tmp_path)
     model = build_model(config, tiny_tokenizer, tiny_settings, bidirectional=False, pooling="last")
     encoder = Encoder(tiny_tokenizer, tiny_settings)
     long, short = (
-        pack([encoder(Document.of(text))], 2, model.image_token_id)
+        pack([encoder(Document.of(text))], 2, model.vlm.config.image_token_id)
         for text in ("the quick brown fox", "the quick")
     )
     size = len(short.input_ids)
@@ -168,7 +168,7 @@ def test_small_branches_leave_states_near_their_tokens(tiny_tokenizer, tiny_sett
         model = build_model(
             copy.deepcopy(config), tiny_tokenizer, tiny_settings, branch_scale=scale
         )
-        batch = pack([encoded], 2, model.image_token_id)
+        batch = pack([encoded], 2, model.vlm.config.image_token_id)
         with torch.inference_mode():
             tokens = model.language_model.embed_tokens(batch.input_ids)
             states = model.hidden_states(batch)

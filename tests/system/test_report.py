@@ -14,7 +14,8 @@ from moca.data.records import IMAGE_MARKER, Document
 from moca.quickstart.charts import curve, nice_ticks, smoothed, tick_text
 from moca.quickstart.heatmap import MAX_ROWS, heat_map
 from moca.quickstart.page import duration, number, shorten
-from moca.quickstart.report import (
+from moca.quickstart.report import render_report, write_report
+from moca.quickstart.report_data import (
     Command,
     Comparison,
     ComparisonRow,
@@ -27,8 +28,6 @@ from moca.quickstart.report import (
     Similarity,
     TaskData,
     TaskScores,
-    render_report,
-    write_report,
 )
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x>&amp;\x00\ud800"

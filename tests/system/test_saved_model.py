@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("encode_elsewhere.py")
 def embeddings(model: MocaModel, items) -> np.ndarray:
     encoder = Encoder(model.tokenizer, model.image_settings)
     encoded = [encoder(Document.of(item)) for item in items]
-    batch = pack(encoded, model.image_settings.merge_size, model.image_token_id)
+    batch = pack(encoded, model.image_settings.merge_size, model.vlm.config.image_token_id)
     with torch.no_grad():
         return model.embed(batch).numpy()
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -82,30 +84,44 @@ def test_mmeb_instructions_go_before_the_texts(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tgt_text": "['a cat']"}, "Set.jsonl:1: tgt_text must be a list, got str"),
+        ({"tgt_text": "['a cat']"}, "Set.jsonl line 1: tgt_text must be a list, got str"),
         ({"tgt_text": [], "tgt_img_path": []}, "both empty"),
         ({"tgt_img_path": [""]}, "2 tgt_text but 1 tgt_img_path"),
-        ({"tgt_text": ["a", " "]}, "Set.jsonl:1: target 1 is empty: no text and no image"),
-        ({"tgt_text": ["", "a"]}, "Set.jsonl:1: target 0 is empty"),
-        ({"tgt_text": ["a", ""], "tgt_inst": "Match"}, "Set.jsonl:1: target 1 is empty"),
-        ({"qry_text": "", "qry_img_path": None, "qry_inst": "Name it"}, "1: query is empty"),
-        ({"qry_inst": ["Name it"]}, "Set.jsonl:1: query: qry_inst must be text, got list"),
-        ({"tgt_inst": 3}, "Set.jsonl:1: target 0: tgt_inst must be text, got int"),
+        ({"tgt_text": ["a", " "]}, "Set.jsonl line 1: target 1 is empty: no text and no image"),
+        ({"tgt_text": ["", "a"]}, "Set.jsonl line 1: target 0 is empty"),
+        ({"tgt_text": ["a", ""], "tgt_inst": "Match"}, "Set.jsonl line 1: target 1 is empty"),
+        ({"qry_text": "", "qry_img_path": None, "qry_inst": "Name it"}, "line 1: query is empty"),
+        ({"qry_inst": ["Name it"]}, "Set.jsonl line 1: query: qry_inst must be text, got list"),
+        ({"tgt_inst": 3}, "Set.jsonl line 1: target 0: tgt_inst must be text, got int"),
     ],
 )
 def test_bad_mmeb_rows_are_named(tmp_path, change, message):
     path = write_jsonl(tmp_path / "Set.jsonl", [MMEB_ROWS[0] | change])
     with pytest.raises(ValueError, match=message):
-        load_mmeb(path)
+        list(load_mmeb(path))
 
 
 def test_mmeb_errors_name_the_line(tmp_path):
     path = tmp_path / "Set.jsonl"
     path.write_text(json.dumps(MMEB_ROWS[0]) + "\n{broken\n")
-    with pytest.raises(ValueError, match=r"Set\.jsonl:2: no JSON"):
-        load_mmeb(path)
+    with pytest.raises(ValueError, match=r"Set\.jsonl line 2: bad JSON"):
+        list(load_mmeb(path))
     with pytest.raises(FileNotFoundError, match="absent"):
         load_mmeb(tmp_path / "absent.jsonl")
+
+
+def test_mmeb_rows_of_the_hub(monkeypatch):
+    """A name without a split reads "test"; images lie in a root of their own."""
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((*args, options["split"]))
+        return MMEB_ROWS
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    first, _ = load_mmeb("owner/name:Set", image_root="root")
+    assert first.query.images == (Path("root/it.png"),) and first.task == "Set"
+    assert calls == [("owner/name", "Set", "test")]
 
 
 def test_beir_json_lines(tmp_path):
@@ -144,16 +160,43 @@ def test_beir_parquet_pages(tmp_path):
     assert pool.relevance == [{1: 1.0}]
 
 
+def test_text_beside_the_image_of_a_page_is_counted(tmp_path, caplog):
+    page = {"image": "a.png", "text": "What is read on it."}
+    rows = [
+        page | {"_id": 1, "title": ""},
+        page | {"_id": 2, "title": "A"},
+        {"_id": 3, "text": "b"},
+    ]
+    write_jsonl(tmp_path / "corpus.jsonl", rows)
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "a"}])
+    write_jsonl(tmp_path / "qrels.jsonl", [{"query-id": 1, "corpus-id": 3}])
+    assert [item.text for item in load_beir(tmp_path).candidates] == [IMAGE_MARKER] * 2 + ["b"]
+    assert caplog.messages == [
+        f"{tmp_path}: corpus: the {field} beside {count} images is not read"
+        for field, count in (("text", 2), ("title", 1))
+    ]
+
+
+def test_beir_images_may_lie_elsewhere(tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "image": "a.png"}])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "a"}])
+    write_jsonl(tmp_path / "qrels.jsonl", [{"query-id": 1, "corpus-id": "x"}])
+    [page] = load_beir(tmp_path).candidates
+    [moved] = load_beir(tmp_path, image_root=tmp_path / "images").candidates
+    assert page.images == (tmp_path / "a.png",)
+    assert moved.images == (tmp_path / "images" / "a.png",)
+
+
 def test_bad_beir_folders_are_named(tmp_path):
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "a"}])
     write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "b"}])
     with pytest.raises(FileNotFoundError, match="qrels"):
         load_beir(tmp_path)
     write_jsonl(tmp_path / "qrels.jsonl", [{"query-id": "1", "corpus-id": "z", "score": 1}])
-    with pytest.raises(ValueError, match=r"qrels\.jsonl:1: document 'z'"):
+    with pytest.raises(ValueError, match=r"qrels\.jsonl line 1: document 'z'"):
         load_beir(tmp_path)
     write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "a"}, {"_id": "x", "text": "b"}])
-    with pytest.raises(ValueError, match=r"corpus\.jsonl:2: id 'x' occurs twice"):
+    with pytest.raises(ValueError, match=r"corpus\.jsonl line 2: id 'x' occurs twice"):
         load_beir(tmp_path)
 
 
@@ -170,21 +213,21 @@ def test_bad_beir_rows_are_skipped_and_counted(tmp_path, caplog):
     assert [item.text for item in pool.queries] == ["a"] and pool.relevance == [{0: 1.0}]
     said = [record.getMessage().split(", most often")[0] for record in caplog.records]
     assert said == [
-        f"{tmp_path}: corpus: skipped 3 of 4 rows",
-        f"{tmp_path}: queries: skipped 1 of 3 rows",
-        f"{tmp_path}: qrels: skipped 5 of 6 rows",
+        f"{tmp_path}: corpus: skipped 3 of 4 records",
+        f"{tmp_path}: queries: skipped 1 of 3 records",
+        f"{tmp_path}: qrels: skipped 5 of 6 records",
     ]
 
 
 @pytest.mark.parametrize(
     ("part", "row", "message"),
     [
-        ("corpus.jsonl", {"_id": "y", "text": " "}, ":2: the document is empty"),
-        ("corpus.jsonl", {"_id": "y", "title": 7}, ":2: title must be text, got 7"),
-        ("queries.jsonl", {"_id": "2", "text": ""}, ":2: expected a query"),
-        ("qrels.tsv", "1\tx", r":3: expected 3 fields .*, got 2: \['1', 'x'\]"),
-        ("qrels.tsv", "1\tx\tmuch", ":3: score must be a number, got 'much'"),
-        ("qrels.tsv", "1\tx\t2", ":3: query '1' and document 'x' have two scores"),
+        ("corpus.jsonl", {"_id": "y", "text": " "}, " line 2: the document is empty"),
+        ("corpus.jsonl", {"_id": "y", "title": 7}, " line 2: title must be text, got 7"),
+        ("queries.jsonl", {"_id": "2", "text": ""}, " line 2: expected a query"),
+        ("qrels.tsv", "1\tx", r" line 3: expected 3 fields .*, got 2: \['1', 'x'\]"),
+        ("qrels.tsv", "1\tx\tmuch", " line 3: score must be a number, got 'much'"),
+        ("qrels.tsv", "1\tx\t2", " line 3: query '1' and document 'x' have two scores"),
     ],
 )
 def test_bad_beir_rows_are_named(tmp_path, part, row, message):
@@ -204,8 +247,8 @@ def test_bad_mmeb_rows_are_skipped_and_counted(tmp_path, caplog):
     assert [item.query.text for item in load_mmeb(path, on_error="skip")] == [
         f"{IMAGE_MARKER}What is it?"  # the images of the second row are missing
     ]
-    assert "Set.jsonl: skipped 3 of 4 rows" in caplog.text
-    with pytest.raises(ValueError, match=r"Set\.jsonl:3: qry: expected a string, got int"):
-        load_mmeb(path)
+    assert "Set.jsonl: skipped 3 of 4 records" in caplog.text
+    with pytest.raises(ValueError, match=r"Set\.jsonl line 3: qry: expected a string, got int"):
+        list(load_mmeb(path))
     with pytest.raises(ValueError, match="'raise' or 'skip', got 'ignore'"):
-        load_mmeb(path, on_error="ignore")
+        list(load_mmeb(path, on_error="ignore"))

@@ -22,6 +22,7 @@ import lxml.html
 
 from moca.data.figures import Figure, FigureFinder, collapse, is_skipped, visible_text, words
 from moca.data.records import IMAGE_MARKER, Document, Pair
+from moca.data.rows import PAGES
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +82,6 @@ class HtmlCorpus:
     figures: list[Figure] = field(default_factory=list)
     skipped: Counter = field(default_factory=Counter)
 
-    @property
-    def documents(self) -> list[Document]:
-        """Every section with its title, as interleaved documents."""
-        return [section.document for section in self.sections]
-
 
 def read_html_folder(
     folder: str | os.PathLike, *, progress: Callable[[Iterable], Iterable] | None = None
@@ -106,11 +102,10 @@ def read_html_folder(
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"HTML folder not found: {root}")
-    suffixes = {".html", ".htm", ".xhtml"}
     found = sorted(root.rglob("*"))
-    pages = [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
+    pages = [path for path in found if path.suffix.lower() in PAGES and path.is_file()]
     if not pages:
-        raise FileNotFoundError(f"no .html, .htm or .xhtml page below {root}")
+        raise FileNotFoundError(f"no {', '.join(PAGES)} page below {root}")
     corpus = HtmlCorpus()
     corpus.skipped["linked folder"] = sum(path.is_symlink() and path.is_dir() for path in found)
     finder = FigureFinder(root, corpus.skipped)

@@ -247,15 +247,9 @@ def patchify(array: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, tu
         patches (N, P) float32 and the grid (1, H / patch_size, W / patch_size).
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape.
+        TypeError: another dtype.
     """
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise ValueError(f"expected (H, W, 3) uint8, got {array.shape} {array.dtype}")
-    height, width = array.shape[:2]
-    if height % settings.factor or width % settings.factor or not height or not width:
-        raise ValueError(
-            f"both sides must be positive multiples of {settings.factor}, got {height} x {width}"
-        )
     patches = moca_fast.patchify(
         torch.from_numpy(np.require(array, requirements="W")),  # torch warns of read-only arrays
         patch_size=settings.patch_size,
@@ -264,7 +258,8 @@ def patchify(array: np.ndarray, settings: ImageSettings) -> tuple[np.ndarray, tu
         mean=settings.image_mean,
         std=settings.image_std,
     )
-    return patches.numpy(), (1, height // settings.patch_size, width // settings.patch_size)
+    grid = 1, array.shape[0] // settings.patch_size, array.shape[1] // settings.patch_size
+    return patches.numpy(), grid
 
 
 def denormalize(
@@ -294,15 +289,3 @@ def denormalize(
     pixels = np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
     blocks = pixels.reshape(rows // merge, columns // merge, merge, merge, 3, patch, patch)
     return blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
-
-
-def load_patches(
-    image: ImageLike, settings: ImageSettings, name: str = ""
-) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Decode, resize and cut one image: patches (N, P) float32 and the grid (1, gh, gw).
-
-    Raises:
-        ValueError: an image that cannot be read or has an aspect ratio above 200; names the record.
-    """
-    resized = resize(decode(image, name), settings, name)
-    return patchify(np.asarray(resized), settings)

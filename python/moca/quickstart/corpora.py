@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,6 @@ def load_corpora(
     cache_dir: str | os.PathLike = DEFAULT_CACHE,
     docs: str | os.PathLike | None = None,
     *,
-    prompts: Mapping[str, tuple[str, str]] | None = None,
-    say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Corpora:
     """Load all tasks from Debian packages, or the two manual tasks from a folder of HTML pages.
@@ -107,33 +105,22 @@ def load_corpora(
     Args:
         cache_dir: where packages are fetched to; not used when ``docs`` is given.
         docs: a folder of HTML pages; then nothing else is used and nothing is fetched.
-        prompts: text put before the query and before the document, by task name; none by default.
-        say: is told what takes time.
         progress: show progress bars.
 
     Raises:
         FetchError: the packages cannot be had; says how to use a folder of pages.
         FileNotFoundError: ``docs`` is no folder of HTML pages.
-        ValueError: no task has enough items, a prompt for an unknown task, or data that cannot be
-            read.
+        ValueError: no task has enough items, or data that cannot be read.
     """
-    unknown = set(prompts or ()) - set(_DIRECTIONS)
-    if unknown:
-        raise ValueError(f"prompts: expected tasks of {sorted(_DIRECTIONS)}, got {sorted(unknown)}")
     bar = _progress(progress)
     if docs is not None:
         corpora = manual_corpora(docs, bar)
     else:
-        roots = fetch_debian(cache_dir, say)
+        roots = fetch_debian(cache_dir)
         corpora = manual_corpora(roots["gimp-help-en"] / _MANUAL, bar)
         _add_emoji(corpora, roots["fonts-noto-color-emoji"] / _FONT, bar)
         _add_glosses(corpora, roots["wordnet-base"] / _WORDNET, bar)
-    corpora = _with_enough(corpora)
-    if prompts:
-        corpora.tasks = [
-            _prompted(task, prompts.get(task.name, ("", ""))) for task in corpora.tasks
-        ]
-    return corpora
+    return _with_enough(corpora)
 
 
 def manual_corpora(folder: str | os.PathLike, bar: Callable) -> Corpora:
@@ -225,17 +212,6 @@ def _with_enough(corpora: Corpora) -> Corpora:
     if not kept:
         raise ValueError("; ".join(notes))
     return Corpora(kept, corpora.documents, notes)
-
-
-def _prompted(task: Task, prompts: tuple[str, str]) -> Task:
-    def put(document: Document, prompt: str) -> Document:
-        return replace(document, text=prompt + document.text) if prompt else document
-
-    def change(pair: Pair) -> Pair:
-        query, positive = put(pair.query, prompts[0]), put(pair.positive, prompts[1])
-        return replace(pair, query=query, positive=positive)
-
-    return replace(task, train=[*map(change, task.train)], test=[*map(change, task.test)])
 
 
 def _progress(shown: bool) -> Callable[[str], Callable[[Iterable], Iterable]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from moca.config import QuickstartConfig
 from moca.data.encode import Encoder
 from moca.data.images import denormalize
 from moca.data.packing import pack
@@ -35,14 +39,18 @@ from moca.quickstart.report_data import (
 from moca.run import read_log, seeded
 from moca_fast import _C
 
-# Recall@10 that a first trial reached on its own split; its emoji test was harder than this one.
+# Recall@10 that a first trial reached on the default corpora, with its own split; its emoji test
+# was harder than this one.
 TARGETS = {"title-section": 0.72, "emoji": 0.17, "caption-figure": 0.18, "gloss": 0.22}
 PACKAGES = ("moca-fast", "torch", "transformers", "accelerate", "tokenizers")
 HEAT_MAP, HITS, SEARCHES, PICTURES = 16, 5, 10, 6
 
 
-def gather(folder: Path, summary: str, date: str, tests: Mapping[str, Sequence[Pair]]) -> Report:
+def gather(
+    config: QuickstartConfig, summary: str, date: str, tests: Mapping[str, Sequence[Pair]]
+) -> Report:
     """Everything the report shows, from the files of a run and its held-out pairs."""
+    folder = Path(config.output)
     data = _json(folder / "data/summary.json")
     times = _json(folder / "times.json")
     max_length = _json(folder / "recipe.json")["max_length"]
@@ -61,7 +69,7 @@ def gather(folder: Path, summary: str, date: str, tests: Mapping[str, Sequence[P
         seconds=sum(times.values()),
         versions={name: version(name) for name in PACKAGES},
         facts={"parameters": f"{parameters / 1e6:.1f} M"},
-        tasks=_scores(folder, data["tasks"], tests),
+        tasks=_scores(folder, data["tasks"], tests, {} if config.docs else TARGETS),
         metrics_note="Before training: the same model with its random weights, whose texts with "
         "words in common are alike. Chance: a random order. TF-IDF: words in common. CNN + n-gram: "
         "a plain two-tower model trained on the same pairs.",
@@ -74,19 +82,32 @@ def gather(folder: Path, summary: str, date: str, tests: Mapping[str, Sequence[P
         data=[TaskData(**task) for task in data["tasks"]],
         documents=data["documents"],
         notes=data["notes"],
-        commands=[
-            Command("search the manual", f'moca search {folder}/index "how to crop an image"'),
-            Command(
-                "embed your own pages",
-                f"moca embed model={folder}/contrast/model source=PAGES output=my-index",
-            ),
-            Command(
-                "evaluate again",
-                f"moca eval model={folder}/contrast/model "
-                f"pairs.emoji={folder}/data/test/emoji.jsonl max_length={max_length}",
-            ),
-        ],
+        comparison_command=_comparison_command(config),
+        commands=_commands(folder, tests, max_length),
     )
+
+
+def _comparison_command(config: QuickstartConfig) -> str:
+    """What trains the comparisons too, elsewhere: a finished run is not run again."""
+    other = replace(config, output=f"{config.output}-compare", compare=True)
+    settings = [
+        f"{field.name}={value if isinstance(value, str) else json.dumps(value)}"
+        for field in fields(other)
+        if (value := getattr(other, field.name)) != field.default
+    ]
+    return shlex.join(["moca", "quickstart", *settings])
+
+
+def _commands(folder: Path, tests: Mapping[str, Sequence[Pair]], max_length: int) -> list[Command]:
+    """How to go on with the run's model and the first of its tasks."""
+    task, pairs = next(iter(tests.items()))
+    model, test = f"model={folder}/contrast/model", f"pairs.{task}={folder}/data/test/{task}.jsonl"
+    plans = {
+        "search the pages": ["search", f"{folder}/index", pairs[0].query.text],
+        "embed your own pages": ["embed", model, "source=PAGES", "output=my-index"],
+        "evaluate again": ["eval", model, test, f"max_length={max_length}"],
+    }
+    return [Command(purpose, shlex.join(["moca", *plan])) for purpose, plan in plans.items()]
 
 
 def reconstruct(stage1: Path, documents: Sequence[Document]) -> list[Reconstruction]:
@@ -150,7 +171,10 @@ def _search(task: str, pool: Pool, query: int, scores: np.ndarray) -> Search:
 
 
 def _scores(
-    folder: Path, tasks: Sequence[Mapping[str, Any]], tests: Mapping[str, Sequence[Pair]]
+    folder: Path,
+    tasks: Sequence[Mapping[str, Any]],
+    tests: Mapping[str, Sequence[Pair]],
+    targets: Mapping[str, float],
 ) -> list[TaskScores]:
     scores, untrained = _json(folder / "metrics.json"), _json(folder / "untrained.json")
     baseline = folder / "baseline.json"
@@ -173,7 +197,7 @@ def _scores(
                 len(pool.queries),
                 len(pool.candidates),
                 systems,
-                TARGETS.get(name),
+                targets.get(name),
             )
         )
     return rows
@@ -197,7 +221,8 @@ def _machine() -> Machine:
     if cpuinfo.exists():
         names = [s for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
-    return Machine(cpu, torch.get_num_threads(), _C.cpu_isa())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Machine(cpu, torch.get_num_threads(), _C.cpu_isa(), memory)
 
 
 def _json(path: Path) -> Any:

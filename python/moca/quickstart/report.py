@@ -25,26 +25,13 @@ from moca.quickstart.page import (
     table,
 )
 from moca.quickstart.report_data import (
-    Command,
-    Comparison,
-    ComparisonRow,
     Hit,
     Item,
-    Machine,
-    Picture,
-    Reconstruction,
     Report,
     Search,
-    Similarity,
     TaskData,
     TaskScores,
 )
-
-__all__ = [
-    "Command", "Comparison", "ComparisonRow", "Hit", "Item", "Machine", "Picture",
-    "Reconstruction", "Report", "Search", "Similarity", "TaskData", "TaskScores",
-    "render_report", "write_report",
-]  # fmt: skip
 
 _COLUMNS = {
     "recall@1": "R@1",
@@ -88,9 +75,8 @@ def render_report(report: Report) -> str:
 def _header(report: Report) -> str:
     machine = report.machine
     cores = "1 core" if machine.cores == 1 else f"{machine.cores} cores"
-    about = f"{machine.cpu}, {cores}, {machine.instruction_set}"
-    if machine.memory_gib is not None:
-        about += f", {number(machine.memory_gib, 0)} GiB of memory"
+    memory = f"{number(machine.memory_gib, 0)} GiB of memory"
+    about = f"{machine.cpu}, {cores}, {machine.instruction_set}, {memory}"
     rows = [("Machine", about), *report.facts.items()]
     if report.versions:
         rows.append(("Versions", ", ".join(f"{k} {v}" for k, v in report.versions.items())))
@@ -306,12 +292,8 @@ def _comparison(report: Report) -> str:
 def _times(report: Report) -> str:
     if not report.times:
         return missing("No times were taken.")
-    times = dict(report.times)
+    times = report.times
     total = sum(value for value in times.values() if math.isfinite(value) and value > 0)
-    rest = report.seconds - total
-    if math.isfinite(rest) and rest >= 0.5:
-        times["everything else"] = times.get("everything else", 0.0) + rest
-        total += rest
     rows = "".join(
         f'<tr><th class="wrap" scope="row"><span class="swatch" '
         f'style="background: var(--c{place % PALETTE})"></span>{esc(name)}</th>'

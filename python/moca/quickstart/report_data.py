@@ -23,13 +23,13 @@ class Machine:
         cpu: model name.
         cores: how many the run used.
         instruction_set: the one the compiled operations chose, such as "AVX-512 bf16".
-        memory_gib: of the machine; None when unknown.
+        memory_gib: of the machine.
     """
 
     cpu: str
     cores: int
     instruction_set: str
-    memory_gib: float | None = None
+    memory_gib: float
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Report:
     searches: Sequence[Search] = ()
     times: Mapping[str, float] = field(default_factory=dict)
     comparison: Comparison | None = None
-    comparison_command: str = "moca quickstart compare=true"
+    comparison_command: str = "moca quickstart compare=true output=runs/compare"
     data: Sequence[TaskData] = ()
     documents: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()

@@ -260,7 +260,8 @@ class Quickstart:
         for task in self.tasks:
             if task in IMAGE_TASKS:
                 train = load_pairs(self.folder / "data/train" / f"{task}.jsonl", task=task)
-                results[task] = run_baseline(list(train), self.test_pairs(task), BASELINE)
+                settings = dataclasses.replace(BASELINE, seed=self.config.seed)
+                results[task] = run_baseline(list(train), self.test_pairs(task), settings)
         return results
 
     def index(self) -> None:
@@ -312,7 +313,7 @@ def _run_stages(run: Quickstart) -> None:
             f"A miniature Qwen2.5-VL trained from scratch on {run.source}: stage 1 for "
             f"{run.cpt_steps} steps, stage 2 for {run.steps} steps."
         )
-        report = gather(run.folder, summary, time.strftime("%Y-%m-%d %H:%M"), tests)
+        report = gather(config, summary, time.strftime("%Y-%m-%d %H:%M"), tests)
         report.comparison = read_comparison(run.folder)
         write_report(run.report, report)
 
