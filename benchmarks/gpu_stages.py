@@ -20,7 +20,16 @@ from typing import Any
 from benchmarks import jobs
 from benchmarks.jobs import Done, Job
 from benchmarks.machine import ROOT
-from benchmarks.outcomes import FAILED, OUT_OF_TIME, PASSED, SKIPPED, STARTED, Outcome, read
+from benchmarks.outcomes import (
+    FAILED,
+    OUT_OF_TIME,
+    PASSED,
+    SKIPPED,
+    STARTED,
+    WAITING,
+    Outcome,
+    read,
+)
 
 GPU_BACKENDS = ("cuda", "triton")
 MOST_PROCESSES = 12  # that share the GPU while tests run
@@ -41,6 +50,9 @@ BENCHES = {
 FOUND = 99
 NOT_REACHED = ("Device not supported", "before first instrumented API call")
 VERSIONS = ("gpu", "driver", "torch", "triton", "cuda")  # kept with what is proven
+STOPPED = "still ran when time was up"
+LIMIT = 100  # seconds of a test on a GPU, with all that it compiles: a kernel may never end
+CRASHED = f"took its process down: it crashed, or took more than {LIMIT} s"
 TAIL = 3000  # characters of a failed command's output
 
 
@@ -137,7 +149,9 @@ def test(plan: Plan) -> dict[str, Any]:
     shards = max(1, min(MOST_PROCESSES, _cores() - 2))
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{shard}.jsonl" for shard in range(shards)]
-        shared = ["-m", "gpu", "--continue-on-collection-errors", *gpu_test_files()]
+        limit = LIMIT if plan.device == "cuda" else 0  # Triton's interpreter is slow
+        shared = ["-m", "gpu", "--continue-on-collection-errors", f"--limit={limit}"]
+        shared += gpu_test_files()
         work = [
             plan.pytest(f"test {i}", file, ends, f"--shard={i}/{shards}", *shared)
             for i, file in enumerate(files)
@@ -147,8 +161,8 @@ def test(plan: Plan) -> dict[str, Any]:
         sanitizer = find_sanitizer() if plan.device == "cuda" else None
         checks = memory_checks(plan, sanitizer) if sanitizer else []
         done = plan.run([*work, *checks], _cores(), plan.deadline)
-        outcomes = [outcome for file in files for outcome in read(file).values()]
-    outcomes = list({outcome.id: outcome for outcome in outcomes}.values())
+        each = [outcomes_of(file, done[job.name]) for file, job in zip(files, work, strict=True)]
+    outcomes = list({outcome.id: outcome for some in each for outcome in some}.values())
     memory = {job.name: memory_verdict(done[job.name]) for job in checks}
     wrong_memory = {name: text for name, text in memory.items() if text.startswith("found")}
     problems = [_failure(outcome) for outcome in outcomes if _failed(outcome)]
@@ -276,10 +290,10 @@ def bench(plan: Plan) -> dict[str, Any]:
                 *([] if plan.device == "cuda" else ["--backend=triton"]),
             )  # fmt: skip
             done = plan.run([job], 1, min(deadline + GRACE, plan.deadline))[job.name]
-            late[f"{job.name}: stopped, out of time"] += done.status is None
-            outcomes += read(file).values()
+            late[f"{job.name}: {STOPPED}"] += done.status is None
+            outcomes += outcomes_of(file, done)
     cases = [outcome.case for outcome in outcomes if outcome.case]
-    problems = [_failure(outcome) for outcome in outcomes if _failed(outcome)]
+    problems = [_failure(o) for o in outcomes if _failed(o) and o.message != STOPPED]  # in `late`
     skipped = skips(outcomes) + late
     ours_wrong = [p for p in problems if "moca_fast[" in p["name"]]
     summary = (
@@ -319,8 +333,16 @@ def _failed(outcome: Outcome) -> bool:
 
 
 def _failure(outcome: Outcome) -> dict[str, str]:
-    message = "took its process down" if outcome.outcome == STARTED else outcome.message
-    return _problem(outcome.id, message, outcome.detail)
+    return _problem(outcome.id, outcome.message, outcome.detail)
+
+
+def outcomes_of(file: Path, done: Done) -> list[Outcome]:
+    """What became of the tests of a job, of those too that did not come to their end."""
+    ends = {
+        WAITING: {"outcome": SKIPPED, "message": OUT_OF_TIME},
+        STARTED: {"message": STOPPED if done.status is None else CRASHED},
+    }
+    return [replace(outcome, **ends.get(outcome.outcome, {})) for outcome in read(file).values()]
 
 
 def skips(outcomes: Iterable[Outcome]) -> Counter[str]:

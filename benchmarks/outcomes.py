@@ -1,13 +1,14 @@
 """A pytest plugin whose results outlive the process: `-p benchmarks.outcomes --outcomes FILE`.
 
-Each test leaves a line of JSON when it starts and one when it ends. Called again with the same
-file, pytest goes on behind the tests that are in it: a kernel that took the process or the GPU's
-context down costs its own result only.
+Each test leaves a line of JSON when it is collected, when it starts and when it ends. Called again
+with the same file, pytest goes on behind the tests that have started: a kernel that took the
+process or the GPU's context down, or never ended, costs its own result only.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 RESTART = 75  # exit status: the GPU takes no more work from this process
-STARTED, PASSED, FAILED, SKIPPED = "started", "passed", "failed", "skipped"
+WAITING, STARTED, PASSED, FAILED, SKIPPED = "waiting", "started", "passed", "failed", "skipped"
 OUT_OF_TIME = "out of time"
 MOST_DETAIL = 6000  # characters of a traceback's end
 
@@ -28,7 +29,8 @@ class Outcome:
 
     Args:
         id: its pytest id; of a file that cannot be imported, the file's.
-        outcome: STARTED for one that took its process down.
+        outcome: WAITING for one that was never come to, STARTED for one whose process did not
+            survive it.
         message: why it failed or was skipped.
         detail: the end of the traceback.
         backend: of the kernels it tests, where the test says.
@@ -57,6 +59,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--outcomes", type=Path, help="file of results; tests in it are not run again")
     group.addoption("--shard", default="0/1", help="I/N: only every N-th test, from the I-th on")
     group.addoption("--deadline", type=float, help="seconds since 1970 when no more tests start")
+    group.addoption(
+        "--limit", type=float, default=0.0, help="seconds after which a test ends the process"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,7 +74,8 @@ class Recorder:
         self.path: Path = config.getoption("outcomes")
         self.deadline: float | None = config.getoption("deadline")
         self.shard, self.shards = map(int, config.getoption("shard").split("/"))
-        self.done = read(self.path)
+        self.limit: float = config.getoption("limit")
+        self.done = {name for name, one in read(self.path).items() if one.outcome != WAITING}
         self.failed = False
 
     def write(self, outcome: Outcome) -> None:
@@ -80,6 +86,8 @@ class Recorder:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         shard = items[self.shard :: self.shards]
         items[:] = [item for item in shard if item.nodeid not in self.done]
+        for item in items:
+            self.write(Outcome(item.nodeid, WAITING, backend=backend_of(item)))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -90,7 +98,12 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.write(Outcome(item.nodeid, STARTED, backend=backend_of(item)))
-        return (yield)
+        # The alarm is not handled: Python could not, where it waits for a kernel.
+        signal.setitimer(signal.ITIMER_REAL, self.limit)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def pytest_runtest_setup(self) -> None:
         if self.deadline and time.time() > self.deadline:

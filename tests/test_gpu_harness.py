@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from benchmarks.gpu_report import markdown
 from benchmarks.gpu_stages import FOUND, OUT_OF_TIME, Plan
 from benchmarks.harness import FACTOR, WrongResult, check
 from benchmarks.jobs import Done, Job
-from benchmarks.outcomes import FAILED, PASSED, SKIPPED, STARTED, Outcome
+from benchmarks.outcomes import FAILED, PASSED, SKIPPED, STARTED, WAITING, Outcome
 from moca_fast import _verified
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,31 @@ def test_a_crash_costs_one_result(tmp_path):
     assert results["test_after[triton]"].backend == "triton"
     assert results["test_absent"].message == "something is not installed"
     assert "exit status -9" in log.read_text()
+
+
+def test_what_never_ends_costs_one_result(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_hangs(): time.sleep(99)\ndef test_after(): pass\n"
+    )
+    file, log = tmp_path / "outcomes.jsonl", tmp_path / "log"
+    job = pytest_job(tmp_path, file, "--limit=2", str(tmp_path / "test_it.py"))
+    done = jobs.run([job], parallel=1, deadline=time.time() + 60, log=log, folder=tmp_path)
+    found = gpu_stages.outcomes_of(file, done["job"])
+    assert [(one.outcome, one.message) for one in found] == [
+        (STARTED, gpu_stages.CRASHED), (PASSED, ""),
+    ]  # fmt: skip
+    assert "exit status -14" in log.read_text()
+
+
+def test_what_was_never_come_to_does_not_pass(tmp_path):
+    file = tmp_path / "outcomes.jsonl"
+    lines = [Outcome(name, WAITING) for name in "abc"]
+    lines += [Outcome("a", STARTED), Outcome("a", PASSED), Outcome("b", STARTED)]
+    file.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
+    found = gpu_stages.outcomes_of(file, Done(None, ""))
+    assert [(one.outcome, one.message) for one in found] == [
+        (PASSED, ""), (STARTED, gpu_stages.STOPPED), (SKIPPED, OUT_OF_TIME),
+    ]  # fmt: skip
 
 
 def test_shards_share_the_tests_and_a_late_one_runs_none(tmp_path):
