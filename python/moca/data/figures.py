@@ -211,9 +211,14 @@ def _probe(path: Path) -> tuple[int, int] | str:
         with opened as image:
             if reason := _beyond_limits(*image.size):
                 return reason
-            # Reading every pixel of every image would take longer than all the pages; the end of
-            # the file shows the usual damage, a file cut short.
-            return image.size if _is_complete(path, image.format or "") else "truncated image"
+            size = image.size
+            if image.format == "PNG":
+                # Its checksums show all damage; decoding would take as long as reading the pages.
+                image.verify()
+            else:
+                image.draft(None, (1, 1))  # JPEG at an eighth of its size: a fifth of the time
+                image.load()
+            return size
     except PIL.Image.DecompressionBombError:
         return "image too large"
     except Exception:  # of damaged files, decoders raise of every kind
@@ -227,17 +232,6 @@ def _beyond_limits(width: int, height: int) -> str:
     # Of thin ones, rules and spacers are no figures anyway.
     short, long = sorted((width, height))
     return "image too long" if short >= MIN_SIDE and long > MAX_ASPECT_RATIO * short else ""
-
-
-def _is_complete(path: Path, image_format: str) -> bool:
-    end = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "GIF": b";"}.get(image_format)
-    if end is None:
-        return True
-    with open(path, "rb") as file:
-        file.seek(0, 2)
-        # Some writers leave trailing bytes after the end mark.
-        file.seek(max(0, file.tell() - 4096))
-        return end in file.read()
 
 
 def _is_container(element: lxml.html.HtmlElement) -> bool:
