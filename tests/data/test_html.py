@@ -272,6 +272,20 @@ def test_the_beginning_of_a_page_that_breaks_off_is_kept(tmp_path):
     assert corpus.skipped == {"rest of a page that cannot be parsed": 2}
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "src='data:image/gif;base64,R0lG' data-src='a.png'",
+        "srcset='a.png 1x, b.png 2x'",
+        "src='a.png' srcset='b.png 2x' data-src='b.png'",
+    ],
+)
+def test_images_that_scripts_load_late(tmp_path, attributes):
+    picture(tmp_path, "a.png")
+    corpus = read(tmp_path, f"<p>text</p><img {attributes}><noscript><img src='a.png'></noscript>")
+    assert len(corpus.sections[0].body.images) == 1 and not corpus.skipped
+
+
 def test_figures_never_closed_have_each_its_caption(tmp_path):
     picture(tmp_path, "a.png")
     picture(tmp_path, "b.png")

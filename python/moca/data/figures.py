@@ -150,12 +150,12 @@ class FigureFinder:
 
         Args:
             img: the element.
-            base: the folder of its page.
+            base: the folder in which relative addresses of its page begin.
         """
         containers = [up for up in img.iterancestors() if _is_container(up)]
         if _is_decoration(img, containers):
             return None
-        path = self._resolve((img.get("src") or "").strip(), base)
+        path = self._resolve(_source(img), base)
         if path is None:
             return None
         size = self._size(path)
@@ -167,7 +167,7 @@ class FigureFinder:
         return FoundImage(path, find_caption(img, containers), bool(containers))
 
     def _resolve(self, source: str, base: Path) -> Path | None:
-        """The file a ``src`` names, when it is a file below the folder."""
+        """The file an address names, when it is a file below the folder."""
         reason = "image without source" if not source else ""
         try:
             parts = urlsplit(source)
@@ -198,6 +198,14 @@ class FigureFinder:
         if path not in self.sizes:
             self.sizes[path] = _probe(path)
         return self.sizes[path]
+
+
+def _source(img: lxml.html.HtmlElement) -> str:
+    """The address of an image; where ``src`` is a placeholder, scripts take it from elsewhere."""
+    given = [img.get("src", "").strip(), img.get("data-src", "").strip()]
+    given += [source.rstrip(",") for source in img.get("srcset", "").split()[:1]]
+    real = [source for source in given if source and not source.startswith("data:")]
+    return (real or given)[0]
 
 
 def _probe(path: Path) -> tuple[int, int] | str:
