@@ -203,7 +203,8 @@ def test_what_cannot_be_used_is_counted(tmp_path, odd_dds):
     assert corpus.skipped["image without source"] == 1
     assert corpus.skipped["image with a malformed source"] == 1
     assert corpus.skipped["missing image"] >= 1
-    assert sum(corpus.skipped.values()) == len(sources) - 2
+    assert corpus.skipped["undecodable characters of a page"] == 1
+    assert sum(corpus.skipped.values()) == len(sources) - 2 + 1
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
@@ -240,6 +241,7 @@ def test_pages_that_are_broken_never_stop_the_reading(tmp_path):
         "page that cannot be parsed": 1,
         "page without text": 2,
         "rest of a page that cannot be parsed": 1,
+        "undecodable characters of a page": 1,
     }
     assert [section.page for section in corpus.sections] == sorted(
         section.page for section in corpus.sections
@@ -258,18 +260,9 @@ def test_tags_that_are_never_closed_and_long_texts_lose_nothing(tmp_path):
 
 
 def test_the_beginning_of_a_page_that_breaks_off_is_kept(tmp_path):
-    pages = {
-        "deep": "<h1>A</h1>start" + "<div>" * 9000 + "lost",
-        "unknown": "<h1>B</h1>gr\xfcn<p>end",
-    }
-    pages["unknown"] = "<meta charset=foo-99>" + pages["unknown"]
-    pages["wrong"] = "<meta charset=shift_jis><h1>C</h1>start<p>\xff\xfe\x81</p>lost"
-    for name, text in pages.items():
-        (tmp_path / f"{name}.html").write_bytes(text.encode("latin-1"))
-    corpus = read_html_folder(tmp_path)
-    a, b, c = (section.body.text.split("\n") for section in corpus.sections)
-    assert (a, b[1:], c) == (["start"], ["end"], ["start"])
-    assert corpus.skipped == {"rest of a page that cannot be parsed": 2}
+    corpus = read(tmp_path, "<h1>A</h1>start" + "<div>" * 9000 + "lost")
+    assert corpus.sections[0].body.text == "start"
+    assert corpus.skipped == {"rest of a page that cannot be parsed": 1}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +277,12 @@ def test_images_that_scripts_load_late(tmp_path, attributes):
     picture(tmp_path, "a.png")
     corpus = read(tmp_path, f"<p>text</p><img {attributes}><noscript><img src='a.png'></noscript>")
     assert len(corpus.sections[0].body.images) == 1 and not corpus.skipped
+
+
+def test_headings_without_text_are_counted(tmp_path):
+    corpus = read(tmp_path, "<h1>A</h1><h2>B</h2><h3>C</h3>text<h2>D</h2><h2>E</h2>text<h2>F</h2>")
+    assert [section.title for section in corpus.sections] == ["C", "E"]
+    assert corpus.skipped == {"heading without text": 2}
 
 
 def test_figures_never_closed_have_each_its_caption(tmp_path):
