@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from moca.data.html import read_html_folder
 
@@ -52,30 +53,38 @@ def test_what_cannot_be_decoded_is_counted(tmp_path):
     }
 
 
-def test_pages_and_folders_that_are_not_read_are_counted(tmp_path, monkeypatch):
-    def refuse(function):
+def test_pages_and_folders_that_are_not_read_are_counted(tmp_path, picture, monkeypatch):
+    def refuse(function, name="locked"):
         def refusing(path, *args):
-            if "locked" in str(path):
+            if name in str(path):
                 raise PermissionError(13, "Permission denied", str(path))
             return function(path, *args)
 
         return refusing
 
     names = ["locked.html", "locked/a.html", ".hidden.html", ".hidden/a.html", "sub/.git/a.htm"]
-    for name in [*names, "good.html"]:
+    for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("<p>text</p>")
+    (tmp_path / "good.html").write_text(
+        "<p>text</p><img src='locked.png'><img src='locked/a.png'><img src='absent.png'>"
+    )
+    for name in ("locked.png", "locked/a.png"):
+        (tmp_path / name).write_bytes(picture(50, 60))
     (tmp_path / "dangling.html").symlink_to("nowhere.html")
     (tmp_path / "loop.html").symlink_to("loop.html")
     os.mkfifo(tmp_path / "pipe.html")
     (tmp_path / "folder.html").mkdir()
     monkeypatch.setattr(os, "scandir", refuse(os.scandir))
     monkeypatch.setattr(Path, "read_bytes", refuse(Path.read_bytes))
+    monkeypatch.setattr(Path, "is_file", refuse(Path.is_file, "locked/"))
+    monkeypatch.setattr(PIL.Image, "open", refuse(PIL.Image.open))
     corpus = read_html_folder(tmp_path)
     assert [section.page for section in corpus.sections] == ["good.html"]
     assert corpus.skipped == {
         **{"unreadable folder": 1, "unreadable page": 1, "hidden folder": 2, "hidden page": 1},
         **{"page that links to nothing": 2, "page that is no file": 1},
+        **{"unreadable image": 2, "missing image": 1},
     }
     with pytest.raises(FileNotFoundError, match=r"locked \(left out 1 unreadable folder\)"):
         read_html_folder(tmp_path / "locked")

@@ -186,6 +186,8 @@ class FigureFinder:
                     reason = "image outside the folder"
                 elif not path.is_file():
                     reason = "missing image"
+            except PermissionError:
+                reason = "unreadable image"
             except (OSError, ValueError, RuntimeError):
                 reason = "missing image"
         if reason:
@@ -229,6 +231,8 @@ def _probe(path: Path) -> tuple[int, int] | str:
             return size
     except PIL.Image.DecompressionBombError:
         return "image too large"
+    except PermissionError:
+        return "unreadable image"
     except Exception:  # of damaged files, decoders raise of every kind
         return "broken image"
 
