@@ -338,11 +338,13 @@ def _failure(outcome: Outcome) -> dict[str, str]:
 
 def outcomes_of(file: Path, done: Done) -> list[Outcome]:
     """What became of the tests of a job, of those too that did not come to their end."""
-    ends = {
-        WAITING: {"outcome": SKIPPED, "message": OUT_OF_TIME},
-        STARTED: {"message": STOPPED if done.status is None else CRASHED},
-    }
-    return [replace(outcome, **ends.get(outcome.outcome, {})) for outcome in read(file).values()]
+    found = list(read(file).values())
+    for outcome in found:
+        if outcome.outcome == WAITING:
+            outcome.outcome, outcome.message = SKIPPED, OUT_OF_TIME
+        elif outcome.outcome == STARTED:
+            outcome.message = STOPPED if done.status is None else CRASHED
+    return found
 
 
 def skips(outcomes: Iterable[Outcome]) -> Counter[str]:

@@ -228,7 +228,7 @@ def _corpus_document(
     text = "\n".join(filter(None, parts.values()))
     if not text.strip():
         raise ValueError(f"{name}: the document is empty: no title, no text and no image")
-    return document_from_record({"text": text}, name=name)
+    return document_from_record({"text": text, "images": []}, name=name)
 
 
 def _query_document(row: Mapping[str, Any], name: str) -> Document:

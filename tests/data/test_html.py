@@ -179,12 +179,17 @@ def test_what_cannot_be_used_is_counted(tmp_path, odd_dds):
     picture(tmp_path, "outside.png")
     whole = good.read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    damaged = [f"damaged.{end}" for end in ("png", "gif", "jpg")]
+    for name in damaged:
+        content = picture(folder, name).read_bytes()
+        half = len(content) // 2
+        (folder / name).write_bytes(content[:half] + b"\xff\xc4\0\0" * 9 + content[half + 36 :])
     (folder / "garbage.png").write_bytes(b"garbage")
     (folder / "odd.dds").write_bytes(odd_dds)
     (folder / "drawing.svg").write_text("<svg/>")
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     sources = ["good.png?x=1#y", "./sub/../good.png", "absent.png", "cut.png", "garbage.png"]
-    sources += ["odd.dds"]
+    sources += ["odd.dds", *damaged]
     sources += ["drawing.svg", "../outside.png", "../../../etc/hostname", "/etc/hostname"]
     sources += ["http://x.org/a.png", "//x.org/a.png", "data:image/png;base64,AAAA", "link.png"]
     sources += ["file:///etc/passwd", "", "http://[bad", "a\0b.png"]
@@ -193,13 +198,13 @@ def test_what_cannot_be_used_is_counted(tmp_path, odd_dds):
     assert corpus.skipped["image outside the folder"] == 4
     assert corpus.skipped["remote image"] == 3
     assert corpus.skipped["image embedded as data"] == 1
-    assert corpus.skipped["broken image"] == 2
-    assert corpus.skipped["truncated image"] == 1
+    assert corpus.skipped["broken image"] == 6
     assert corpus.skipped["image in a vector format"] == 1
     assert corpus.skipped["image without source"] == 1
     assert corpus.skipped["image with a malformed source"] == 1
     assert corpus.skipped["missing image"] >= 1
-    assert sum(corpus.skipped.values()) == len(sources) - 2
+    assert corpus.skipped["undecodable characters of a page"] == 1
+    assert sum(corpus.skipped.values()) == len(sources) - 2 + 1
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
@@ -236,6 +241,7 @@ def test_pages_that_are_broken_never_stop_the_reading(tmp_path):
         "page that cannot be parsed": 1,
         "page without text": 2,
         "rest of a page that cannot be parsed": 1,
+        "undecodable characters of a page": 1,
     }
     assert [section.page for section in corpus.sections] == sorted(
         section.page for section in corpus.sections
@@ -254,18 +260,29 @@ def test_tags_that_are_never_closed_and_long_texts_lose_nothing(tmp_path):
 
 
 def test_the_beginning_of_a_page_that_breaks_off_is_kept(tmp_path):
-    pages = {
-        "deep": "<h1>A</h1>start" + "<div>" * 9000 + "lost",
-        "unknown": "<h1>B</h1>gr\xfcn<p>end",
-    }
-    pages["unknown"] = "<meta charset=foo-99>" + pages["unknown"]
-    pages["wrong"] = "<meta charset=shift_jis><h1>C</h1>start<p>\xff\xfe\x81</p>lost"
-    for name, text in pages.items():
-        (tmp_path / f"{name}.html").write_bytes(text.encode("latin-1"))
-    corpus = read_html_folder(tmp_path)
-    a, b, c = (section.body.text.split("\n") for section in corpus.sections)
-    assert (a, b[1:], c) == (["start"], ["end"], ["start"])
-    assert corpus.skipped == {"rest of a page that cannot be parsed": 2}
+    corpus = read(tmp_path, "<h1>A</h1>start" + "<div>" * 9000 + "lost")
+    assert corpus.sections[0].body.text == "start"
+    assert corpus.skipped == {"rest of a page that cannot be parsed": 1}
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "src='data:image/gif;base64,R0lG' data-src='a.png'",
+        "srcset='a.png 1x, b.png 2x'",
+        "src='a.png' srcset='b.png 2x' data-src='b.png'",
+    ],
+)
+def test_images_that_scripts_load_late(tmp_path, attributes):
+    picture(tmp_path, "a.png")
+    corpus = read(tmp_path, f"<p>text</p><img {attributes}><noscript><img src='a.png'></noscript>")
+    assert len(corpus.sections[0].body.images) == 1 and not corpus.skipped
+
+
+def test_headings_without_text_are_counted(tmp_path):
+    corpus = read(tmp_path, "<h1>A</h1><h2>B</h2><h3>C</h3>text<h2>D</h2><h2>E</h2>text<h2>F</h2>")
+    assert [section.title for section in corpus.sections] == ["C", "E"]
+    assert corpus.skipped == {"heading without text": 2}
 
 
 def test_figures_never_closed_have_each_its_caption(tmp_path):

@@ -14,8 +14,8 @@ def test_marker_and_image_counts_must_agree():
         Document(IMAGE_MARKER * 3, (b"a", b"b"), "row 4")
     with pytest.raises(ValueError, match="row 4: 3 image"):
         document_from_record({"text": IMAGE_MARKER * 3, "images": [b"a", b"b"]}, name="row 4")
-    with pytest.raises(ValueError, match="row 4: 0 image"):
-        document_from_record({"text": "no marker", "images": [b"a"]}, name="row 4")
+    with pytest.raises(ValueError, match=r"row 4: 2 .* \(<image> in a record, .* 1 image"):
+        document_from_record({"text": "<image> <image>", "images": [b"a"]}, name="row 4")
     with pytest.raises(ValueError, match="outside a complete image marker"):
         Document("a <|image_pad|> b", (), "row 4")
 
@@ -79,10 +79,74 @@ def test_interleaved_record(tmp_path):
     document = document_from_record(record, root=tmp_path, name="row 1")
     assert document.text == f"a {IMAGE_MARKER} b {IMAGE_MARKER}{IMAGE_MARKER}"
     assert document.images == (b"raw", b"raw2", tmp_path / "sub/c.png")
-    assert document_from_record({"text": "plain <image>"}).text == "plain <image>"
     assert document_from_record({"text": "plain", "images": None}).images == ()
     array = np.array([b"one"], object)
     assert document_from_record({"text": "<image>", "images": array}).images == (b"one",)
+
+
+@pytest.mark.parametrize("image", [{"bytes": b"raw", "path": "a.png"}, b"raw", [b"raw"]])
+def test_one_image_may_be_called_so(image):
+    for text in ("boat", "", None):
+        document = document_from_record({"image": image, "text": text, "id": 7})
+        assert document == Document(IMAGE_MARKER + (text or ""), (b"raw",))
+    placed = document_from_record({"text": "boat <image>", "image": image})
+    assert placed == Document(f"boat {IMAGE_MARKER}", (b"raw",))
+    assert document_from_record({"image": image}).text == IMAGE_MARKER
+    with pytest.raises(ValueError, match="row 2: expected 'images' or 'image', got both"):
+        document_from_record({"image": image, "images": [b"raw"], "text": "boat"}, name="row 2")
+
+
+def test_images_without_a_marker_go_first():
+    record = {"text": "boat", "images": [b"one", b"two"]}
+    assert document_from_record(record).text == IMAGE_MARKER * 2 + "boat"
+    assert document_from_record({"text": "", "images": ["a.png"]}).text == IMAGE_MARKER
+    assert document_from_record({"images": '["a.png"]'}).images == ("a.png",)
+
+
+def test_a_marker_without_an_image_is_text_only_where_the_record_says_so():
+    assert document_from_record({"text": "the <image> tag", "images": []}).text == "the <image> tag"
+    given = {"qry_image_path": "", "pos_image_path": [], "neg_image_path": ["", "b.png"]}
+    pair = {"qry": "q <image>", "pos_text": "p <image>", "neg_text": ["n <image>", "m"]}
+    read = pair_from_record(pair | given)
+    assert [side.text for side in (read.query, read.positive)] == ["q <image>", "p <image>"]
+    assert [side.text for side in read.negatives] == ["n <image>", IMAGE_MARKER + "m"]
+    for field, where in (("qry", "qry"), ("pos", "pos_text"), ("neg", "negative 0")):
+        record = pair | given | {f"{field}_image_path": None}
+        with pytest.raises(ValueError, match=f"row 3: {where}: <image> in the text but no image"):
+            pair_from_record(record, name="row 3")
+    for record in ({"text": "a <image>"}, {"text": "a <image>", "images": None, "image": None}):
+        with pytest.raises(ValueError, match="row 3: <image> in the text but no image"):
+            document_from_record(record, name="row 3")
+
+
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        *(("Images", "images"), ("imgs", "images"), ("img", "images"), ("image_path", "images")),
+        *(("pos_image", "pos_image_path"), ("qry_img_path", "qry_image_path")),
+        *(("neg_texts", "neg_text"), ("negatives", "neg_text"), ("neg_images", "neg_image_path")),
+    ],
+)
+def test_misspelt_fields_are_refused(field, known):
+    pair = {"qry": "q", "pos_text": "p"}
+    read, record = (
+        (document_from_record, {"text": "t"}) if known == "images" else (pair_from_record, pair)
+    )
+    with pytest.raises(
+        ValueError, match=rf"row 6: field '{known}' is missing; found \['{field}'\]"
+    ):
+        read(record | {field: ["a.png"]}, name="row 6")
+    for other in ({field: 3}, {field: None}, {field: ["a.png"], known: []}):
+        assert read(record | other) == read(record)
+
+
+def test_other_fields_are_metadata():
+    record = {"text": "t"}
+    others = "id page pages tags title message messages language url source filename date usage"
+    assert document_from_record(record | dict.fromkeys(others.split(), "x")) == Document("t")
+    pair = {"qry": "q", "pos_text": "p"}
+    others = "qry_id pos_id neg_ids query_type positive query instruction negative_score"
+    assert pair_from_record(pair | dict.fromkeys(others.split(), "x")) == pair_from_record(pair)
 
 
 def test_a_record_may_name_its_document():
@@ -168,8 +232,8 @@ def test_python_lists_in_strings_are_refused(value, tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"qry": None}, "'qry' must be a string"),
-        ({"qry": ""}, "qry is empty"),
-        ({"pos_text": " "}, "pos_text is empty"),
+        ({"qry": ""}, "'qry' is empty"),
+        ({"pos_text": " "}, "'pos_text' is empty"),
         ({"qry": "<|image_1|> what?"}, r"1 image marker\(s\)"),
         ({"qry": "<image> <image>", "qry_image_path": "a"}, r"2 image marker\(s\)"),
         ({"neg_text": ["a", "b"], "neg_image_path": ["x"]}, "2 entries .* 1"),

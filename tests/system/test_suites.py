@@ -143,6 +143,16 @@ def test_beir_json_lines(tmp_path):
     assert [item.text for item in dev.queries] == ["c"] and dev.relevance == [{0: 1.0}]
 
 
+def test_beir_texts_may_speak_of_the_image_tag(tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "the <image> tag"}])
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "1", "text": "what is <image>?"}])
+    write_jsonl(tmp_path / "qrels.jsonl", [{"query-id": "1", "corpus-id": "x", "score": 1}])
+    pool = load_beir(tmp_path)
+    assert [item.text for item in (*pool.candidates, *pool.queries)] == [
+        *("the <image> tag", "what is <image>?")
+    ]
+
+
 def test_beir_parquet_pages(tmp_path):
     parts = {
         "corpus": [

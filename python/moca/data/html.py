@@ -8,19 +8,20 @@ headers and footers are left out.
 
 from __future__ import annotations
 
-import codecs
 import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import lxml.etree
 import lxml.html
 
 from moca.data.figures import Figure, FigureFinder, collapse, is_skipped, visible_text, words
+from moca.data.pages import base_folder, find_pages, parse, read_page
 from moca.data.records import IMAGE_MARKER, Document, Pair
 from moca.data.rows import PAGES
 
@@ -90,7 +91,9 @@ def read_html_folder(
 
     Images outside the folder, remote, missing, broken, too large, too long or in a format that
     cannot be decoded are left out and counted in ``skipped``, and a warning says so; so it is with
-    linked folders, pages that cannot be parsed, and the rest of a page from where it cannot be.
+    folders and pages that are hidden (their name begins with a dot), linked from elsewhere or
+    cannot be read, with characters that cannot be decoded, and with the rest of a page from where
+    it cannot be parsed.
 
     Args:
         folder: the folder; pages are read in the order of their paths.
@@ -102,12 +105,11 @@ def read_html_folder(
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"HTML folder not found: {root}")
-    found = sorted(root.rglob("*"))
-    pages = [path for path in found if path.suffix.lower() in PAGES and path.is_file()]
-    if not pages:
-        raise FileNotFoundError(f"no {', '.join(PAGES)} page below {root}")
     corpus = HtmlCorpus()
-    corpus.skipped["linked folder"] = sum(path.is_symlink() and path.is_dir() for path in found)
+    pages = find_pages(root, corpus.skipped)
+    if not pages:
+        left_out = f" (left out {_counts(corpus.skipped)})" if corpus.skipped else ""
+        raise FileNotFoundError(f"no {', '.join(PAGES)} page below {root}{left_out}")
     finder = FigureFinder(root, corpus.skipped)
     readers = []
     for path in progress(pages) if progress else pages:
@@ -121,9 +123,12 @@ def read_html_folder(
         _collect(reader, ornaments, seen, corpus)
     corpus.skipped += Counter()  # drops what counts zero
     if corpus.skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(corpus.skipped.items()))
-        logger.warning("%s: left out %s", root, reasons)
+        logger.warning("%s: left out %s", root, _counts(corpus.skipped))
     return corpus
+
+
+def _counts(skipped: Counter) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 
 
 def title_section_pairs(corpus: HtmlCorpus, min_chars: int = MIN_BODY_CHARS) -> list[Pair]:
@@ -184,14 +189,18 @@ def _title_forms(section: Section) -> tuple[str, str, str]:
 
 def _read_page(path: Path, page: str, finder: FigureFinder) -> _PageReader | None:
     """Walk one page; None, and counted, when that is not possible."""
-    if path.is_symlink() and not path.resolve().is_relative_to(finder.root):
-        finder.skipped["page outside the folder"] += 1
+    try:
+        content = read_page(path, finder.root)
+    except OSError:
+        content = "unreadable page"
+    if isinstance(content, str):
+        finder.skipped[content] += 1
         return None
     try:
-        tree = _parse(path.read_bytes(), finder.skipped)
-        reader = _PageReader(page, path.parent, finder)
+        tree = parse(content, finder.skipped)
+        reader = _PageReader(page, base_folder(tree, path.parent), finder)
         reader.walk(_content_root(tree))
-    except (OSError, ValueError, lxml.etree.LxmlError):
+    except (ValueError, lxml.etree.LxmlError):
         finder.skipped["page that cannot be parsed"] += 1
         return None
     head = tree.find(".//title")
@@ -207,6 +216,8 @@ def _collect(
     found = reader.sections(ornaments)
     if not found:
         corpus.skipped["page without text"] += 1
+    else:
+        corpus.skipped["heading without text"] += reader.bare_headings()
     for section in found:
         # Manuals often come with a second copy of everything on one page.
         key = section.document.key()
@@ -221,26 +232,6 @@ def _collect(
         for figure in reader.figures
         if not (figure.image in ornaments and figure.image in reader.unframed)
     )
-
-
-def _parse(content: bytes, skipped: Counter) -> lxml.html.HtmlElement:
-    """Parse a page; UTF-8 where it is valid UTF-8, else what the page declares."""
-    content = content.removeprefix(codecs.BOM_UTF8)
-    encoding: str | None = "utf-8"
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        encoding = None
-    parser = lxml.html.HTMLParser(
-        encoding=encoding, remove_comments=True, remove_pis=True, huge_tree=True
-    )
-    tree = lxml.html.document_fromstring(content, parser=parser)
-    fatal = {error.type for error in parser.error_log.filter_from_fatals()}
-    # The parser stops where elements nest thousands deep or bytes are not of the encoding, but not
-    # at an encoding it does not know.
-    if fatal - {lxml.etree.ErrorTypes.ERR_UNSUPPORTED_ENCODING}:
-        skipped["rest of a page that cannot be parsed"] += 1
-    return tree
 
 
 def _content_root(tree: lxml.html.HtmlElement) -> lxml.html.HtmlElement:
@@ -343,6 +334,14 @@ class _PageReader:
             whole = Document(f"{title}\n{text}", images, name)
             found.append(Section(self.page, title, body, whole, page_title, part.parents))
         return found
+
+    def bare_headings(self) -> int:
+        """How many, but the page's title, have neither text nor a deeper heading below them."""
+        _, *parts = [part for part in self.open if part.title] or [self.open[0]]
+        return sum(
+            not part.pieces and not (after and after.level > part.level)
+            for part, after in zip_longest(parts, parts[1:])
+        )
 
     def _text(self, text: str | None, literal: bool) -> None:
         if not text:

@@ -7,6 +7,7 @@ contrastive records (``qry``, ``pos_text``, ``neg_text`` and their image paths) 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -21,10 +22,17 @@ import PIL.Image
 
 IMAGE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
 ImageLike = bytes | str | os.PathLike | PIL.Image.Image
+_ONE_IMAGE = (bytes, bytearray, memoryview, os.PathLike, Mapping, PIL.Image.Image)
 
 _IMAGE_PAD = "<|image_pad|>"
 _NUMBERED_MARKER = re.compile(r"<\|image_\d+\|>")
 _PLAIN_MARKER = "<image>"
+_DOCUMENT_FIELDS = ("text", "images")
+_PAIR_FIELDS = (
+    *("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"),
+)
+# How alike a field and a known one are that must be the same: as "negatives" and "neg_text" are.
+_ALIKE = 0.58
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,8 @@ class Document:
         markers = self.text.count(IMAGE_MARKER)
         if markers != len(self.images):
             raise ValueError(
-                f"{where}: {markers} image marker(s) in the text "
-                f"but {len(self.images)} image(s) given"
+                f"{where}: {markers} image marker(s) in the text ({_PLAIN_MARKER} in a record, "
+                f"else {IMAGE_MARKER}) but {len(self.images)} image(s) given"
             )
         if self.text.count(_IMAGE_PAD) != markers:
             raise ValueError(
@@ -152,27 +160,27 @@ def document_from_record(
     """Read an interleaved record: ``{"text": str, "images": [bytes | {"bytes", "path"} | path]}``.
 
     Args:
-        record: the record; ``images`` may be left out when the text has no marker. A string
-            ``name`` names the document, in search results too.
+        record: the record. ``image`` is another name of ``images``, and one that is no list is a
+            list of one. Images go first when the text has no marker (``<image>``, ``<|image_1|>``
+            or `IMAGE_MARKER`); where ``images`` is an empty list, ``<image>`` is text. A string
+            ``name`` names the document, in search results too. Other fields are not read.
         root: folder against which relative image paths are taken.
         name: where the record came from, for error messages, and the name of one without.
 
     Raises:
-        ValueError: a missing field or one of another type, neither text nor image, or markers and
-            images that differ in number.
+        ValueError: a missing field or one of another type, a field that looks like a misspelt one,
+            neither text nor image, or markers and images that differ in number.
     """
     where = name or "record"
-    text = _text_field(record, "text", where)
-    images = tuple(
-        _image(value, root, f"{where}: images[{i}]")
-        for i, value in enumerate(_list_field(record, "images", where))
-    )
-    document = Document(_with_markers(text, bool(images)), images, name)
-    if document.empty:
-        raise ValueError(f"{where}: field 'text' is empty and 'images' gives no image")
+    if not _missing(record.get("image")):
+        if not _missing(record.get("images")):
+            raise ValueError(f"{where}: expected 'images' or 'image', got both")
+        record = {**record, "images": record["image"]}
+    _check_names(record, _DOCUMENT_FIELDS, where)
+    document = _side(record, "text", "images", root, where)
     own = record.get("name")
     own = " ".join(own.split()) if isinstance(own, str) else ""
-    return replace(document, name=own) if own else document
+    return replace(document, name=own or name)
 
 
 def pair_from_record(
@@ -188,16 +196,18 @@ def pair_from_record(
     ``neg_image_path``.
 
     An image path may be missing, null or empty (no image), a path, encoded bytes, ``{"bytes",
-    "path"}`` or a list of these. A side with an image but no marker gets the image first. The
-    ``neg_*`` fields are lists; a string that holds a JSON list is parsed as JSON, another string is
-    one negative, and nothing is ever evaluated.
+    "path"}`` or a list of these. A side with an image but no marker gets the image first; where the
+    image path is given as empty, ``<image>`` is text. The ``neg_*`` fields are lists; a string that
+    holds a JSON list is parsed as JSON, another string is one negative, and nothing is ever
+    evaluated. Other fields are not read.
 
     Raises:
-        ValueError: a missing field or one of another type, an empty query or positive, markers and
-            images that differ in number, negatives written as a Python list, or ``neg_text`` and
-            ``neg_image_path`` of different lengths.
+        ValueError: a missing field or one of another type, a field that looks like a misspelt one,
+            an empty query or positive, markers and images that differ in number, negatives written
+            as a Python list, or ``neg_text`` and ``neg_image_path`` of different lengths.
     """
     where = name or "record"
+    _check_names(record, _PAIR_FIELDS, where)
     query = _side(record, "qry", "qry_image_path", root, where)
     positive = _side(record, "pos_text", "pos_image_path", root, where)
     texts = _list_field(record, "neg_text", where)
@@ -209,43 +219,65 @@ def pair_from_record(
     negatives = []
     for i in range(max(len(texts), len(paths))):
         text = texts[i] if texts else ""
-        negative = _assemble(text, paths[i] if paths else None, root, f"{where}: negative {i}")
+        image = paths[i] if paths else record.get("neg_image_path")
+        negative = _assemble(text, image, root, f"{where}: negative {i}")
         if not negative.empty:
             negatives.append(negative)
     return Pair(query, positive, tuple(negatives), task, name)
 
 
+def _check_names(record: Mapping, known: tuple[str, ...], where: str) -> None:
+    """Refuse a field that looks like a known one that is not there; a number is none of those."""
+    for key, value in record.items():
+        if key in known or _missing(value) or isinstance(value, (bool, int, float)):
+            continue
+        name = str(key).lower().replace("img", "image")
+        alike = [field for field in known if field[:1] == name[:1]]
+        close = difflib.get_close_matches(name, alike, n=1, cutoff=_ALIKE)
+        if close and close[0] not in record:
+            raise ValueError(
+                f"{where}: field {close[0]!r} is missing; found {[key]}, which looks misspelt"
+            )
+
+
 def _side(record: Mapping, text_key: str, image_key: str, root: Any, where: str) -> Document:
-    """One side of a pair; its text may be empty when it has an image."""
-    image = record.get(image_key)
-    text = _text_field(record, text_key, where) if _missing(image) else record.get(text_key, "")
-    document = _assemble(text, image, root, f"{where}: {text_key}")
+    """A document, or one side of a pair; its text may be empty when it has an image."""
+    image, text = record.get(image_key), record.get(text_key)
+    if _missing(image):
+        text = _text_field(record, text_key, where)
+    else:
+        image = _list_field(record, image_key, where)
+    side = where if text_key == "text" else f"{where}: {text_key}"
+    document = _assemble(text, image, root, side)
     if document.empty:
-        raise ValueError(f"{where}: {text_key} is empty and {image_key} gives no image")
+        raise ValueError(f"{where}: field '{text_key}' is empty and '{image_key}' gives no image")
     return document
 
 
 def _assemble(text: Any, image: Any, root: Any, where: str) -> Document:
-    """Text and its image(s); the images go first when the text has no marker."""
+    """Text and its image(s), with our markers; the images go first when the text has none."""
     text = "" if text is None else text
     if not isinstance(text, str):
         raise ValueError(f"{where}: expected a string, got {type(text).__name__}")
     values = [] if _missing(image) else image if isinstance(image, (list, tuple)) else [image]
     images = tuple(_image(value, root, where) for value in values if not _missing(value))
-    text = _with_markers(text, bool(images))
-    if images and IMAGE_MARKER not in text:
-        text = IMAGE_MARKER * len(images) + text
+    text = _NUMBERED_MARKER.sub(IMAGE_MARKER, text)
+    if images:
+        text = text.replace(_PLAIN_MARKER, IMAGE_MARKER)
+        if IMAGE_MARKER not in text:
+            text = IMAGE_MARKER * len(images) + text
+    elif image is None and _PLAIN_MARKER in text:
+        raise ValueError(
+            f"{where}: {_PLAIN_MARKER} in the text but no image; where it is plain text, "
+            "the field of images must be given as empty"
+        )
     return Document(text, images, where)
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, bytes, list, tuple)) and len(value) == 0)
-
-
-def _with_markers(text: str, has_images: bool) -> str:
-    """Turn the other published markers into ours; ``<image>`` only where there are images."""
-    text = _NUMBERED_MARKER.sub(IMAGE_MARKER, text)
-    return text.replace(_PLAIN_MARKER, IMAGE_MARKER) if has_images else text
+    return value is None or (
+        isinstance(value, (str, bytes, list, tuple, np.ndarray)) and len(value) == 0
+    )
 
 
 def _text_field(record: Mapping, key: str, where: str) -> str:
@@ -268,7 +300,7 @@ def _list_field(record: Mapping, key: str, where: str) -> list:
         return list(value)
     if isinstance(value, str):
         return _parse_list(value, key, where)
-    if isinstance(value, (bytes, Mapping, PIL.Image.Image)) and key != "neg_text":
+    if isinstance(value, _ONE_IMAGE) and key != "neg_text":
         return [value]
     raise ValueError(f"{where}: field '{key}' must be a list, got {type(value).__name__}")
 
