@@ -84,8 +84,33 @@ def test_what_a_folder_of_files_does_not_read_is_told(tmp_path, picture, caplog)
         assert len(list(load_documents(tmp_path))) == 2
     assert caplog.messages == [
         f"{tmp_path}: read as a folder of record files, of its top alone; not read: "
-        "1 .html in sub-folders, 1 .jsonl in sub-folders, 1 .txt, 1 LICENSE"
+        "2 .txt, 1 .html, 1 .jsonl, 1 without a suffix"
     ]
+
+
+def test_what_lies_beside_pages_and_is_not_read_is_told(tmp_path, picture, caplog):
+    folder = html_folder(tmp_path, picture)
+    for name in ("a.pdf", "b.PDF", "images/c.txt", "p.html.gz", "style.css", ".d.txt", ".e/f.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    with caplog.at_level(logging.WARNING):
+        load_documents(folder)
+    assert caplog.messages == [
+        f"{folder}: read as a folder of HTML pages; not read: 2 .pdf, 1 .html.gz, 1 .json, 1 .txt",
+        f"{folder}: left out 1 hidden folder",
+    ]
+
+
+def test_a_folder_of_nothing_that_is_read_is_told_by_what_it_holds(tmp_path, picture, caplog):
+    for name in [f"{i}.x{i}" for i in range(9)] + ["b.png", "sub/a.png", "sub/.hidden/page.html"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture())
+    (tmp_path / ".page.html").write_text("")
+    kinds = r"got 2 \.png, (1 \.x\d, ){7}2 of other kinds$"
+    for load in (load_documents, load_pairs):
+        with pytest.raises(FileNotFoundError, match=kinds):
+            load(tmp_path)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("load", [load_documents, load_pairs])
@@ -94,7 +119,7 @@ def test_a_folder_of_pages_and_records_is_refused(tmp_path, picture, load, caplo
     (folder / "images" / "b.jsonl").write_text("{}")
     with caplog.at_level(logging.WARNING):
         load(folder)
-    assert "HTML pages; not read: 1 .json, 1 .jsonl in sub-folders" in caplog.text
+    assert "HTML pages; not read: 1 .json, 1 .jsonl" in caplog.text
     write(folder / "a.jsonl", RECORDS)
     with pytest.raises(ValueError, match=r"got both \(\.html, \.json, \.jsonl\)"):
         load(folder)
@@ -136,7 +161,7 @@ def test_missing_sources(tmp_path):
     ):
         with pytest.raises(FileNotFoundError, match="data source not found"):
             load_documents(source)
-    with pytest.raises(FileNotFoundError, match=r"no \.jsonl, \.json, \.parquet or HTML"):
+    with pytest.raises(FileNotFoundError, match=r"\.parquet or HTML files in it, got none$"):
         load_pairs(tmp_path)
     (tmp_path / "data.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"data\.csv: expected one of"):

@@ -26,6 +26,8 @@ Row = tuple[str, Callable[[], Any]]
 
 SUFFIXES = (".jsonl", ".json", ".parquet")  # of files of records
 PAGES = (".html", ".htm", ".xhtml")  # of folders that are read as documents
+_PACKED = (".gz", ".bz2", ".xz", ".zst")  # what is packed is told by the suffix before
+_KINDS = 8  # of files, told by their names
 # "name" or "owner/name", and then, where they are given, ":subset" and "@split".
 _HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w.-]+(?:\[[\d:%-]+\])?))?")
 # Parquet rows turned into Python objects at a time; a row may hold several images.
@@ -88,11 +90,36 @@ def open_rows(place: Path | HubSplit) -> Callable[[], Iterator[tuple[Row, Path |
     if place.is_dir():
         files = sorted(child for child in place.iterdir() if child.suffix.lower() in SUFFIXES)
         if not files:
-            raise FileNotFoundError(f"no {', '.join(SUFFIXES)} or HTML file in {place}")
+            raise FileNotFoundError(
+                f"{place}: expected {', '.join(SUFFIXES)} or HTML files in it, got "
+                f"{kinds(visible_files(place)) or 'none'}"
+            )
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{file}: expected one of {', '.join(SUFFIXES)} or a folder")
     return partial(_rows_of_files, files)
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files in and below a folder, but for hidden ones and those of hidden folders."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def kinds(files: Iterable[Path]) -> str:
+    """How many files there are of each kind: "12 .txt, 3 .pdf"."""
+    counts = Counter(sorted(_kind(file) for file in files)).most_common()
+    told = [f"{count} {kind}" for kind, count in counts[:_KINDS]]
+    if others := sum(count for _, count in counts[_KINDS:]):
+        told.append(f"{others} of other kinds")
+    return ", ".join(told)
+
+
+def _kind(file: Path) -> str:
+    *_, before, suffix = ["", "", *file.suffixes]
+    suffix = suffix.lower()
+    return (before.lower() + suffix if suffix in _PACKED else suffix) or "without a suffix"
 
 
 def file_rows(file: Path, place: str = "") -> Iterator[Row]:

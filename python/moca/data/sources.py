@@ -16,7 +16,18 @@ import PIL.Image
 from moca.config import OnError
 from moca.data.images import ImageSettings, decode, target_size
 from moca.data.records import Document, Pair, document_from_record, pair_from_record
-from moca.data.rows import PAGES, SUFFIXES, HubSplit, fields, given, locate, open_rows, read_rows
+from moca.data.rows import (
+    PAGES,
+    SUFFIXES,
+    HubSplit,
+    fields,
+    given,
+    kinds,
+    locate,
+    open_rows,
+    read_rows,
+    visible_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +35,8 @@ Check = Callable[[Document], None]
 Item = TypeVar("Item", Document, Pair)
 
 _HTML_TASKS = ("title_section", "caption_figure")
+# Beside their pictures, what pages are shown with.
+_PARTS_OF_PAGES = {".css", ".js", ".mjs", ".map", ".svg", ".woff", ".woff2", ".ttf", ".otf", ".eot"}
 
 
 def check_images(document: Document) -> None:
@@ -201,14 +214,15 @@ def _documents(item: Document | Pair) -> list[Document]:
 def _is_html(path: Path) -> bool:
     """Whether a folder is read as HTML: pages at its top, or below where it has no record files.
 
-    Says which files will not be read.
+    Says how many files of which kinds will not be read. What is hidden does not count.
 
     Raises:
         ValueError: pages beside records; JSON alone may belong to the pages.
     """
     if not path.is_dir():
         return False
-    top = {child.suffix.lower() for child in path.iterdir() if child.is_file()}
+    files = list(visible_files(path))
+    top = {file.suffix.lower() for file in files if file.parent == path}
     pages, records = top & set(PAGES), top & set(SUFFIXES)
     if pages and records - {".json"}:
         raise ValueError(
@@ -217,30 +231,20 @@ def _is_html(path: Path) -> bool:
         )
     html = bool(pages)
     if not pages and not records:
-        html = any(child.suffix.lower() in PAGES for child in path.rglob("*"))
-    if unread := _unread(path, html):
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
-        read = "HTML pages" if html else "record files, of its top alone"
-        logger.warning("%s: read as a folder of %s; not read: %s", path, read, kinds)
-    return html
-
-
-def _unread(path: Path, html: bool) -> Counter[str]:
-    """How many files of a folder look like data but are not read, by suffix."""
-    opened = PIL.Image.registered_extensions()
+        html = any(file.suffix.lower() in PAGES for file in files)
+    if html:
+        read, of = "HTML pages", {*PAGES, *_PARTS_OF_PAGES}
+        unread = [file for file in files if file.suffix.lower() not in of]
+    elif records:
+        read = "record files, of its top alone"
+        unread = [f for f in files if f.parent != path or f.suffix.lower() not in SUFFIXES]
+    else:
+        return False
+    opened = PIL.Image.registered_extensions()  # pictures belong to the pages or records
     images = {suffix for suffix, kind in opened.items() if kind in PIL.Image.OPEN}
-    unread: Counter[str] = Counter()
-    for folder, _, names in os.walk(path):
-        below = folder != str(path)
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            if html or below:
-                data = suffix in SUFFIXES or (not html and suffix in PAGES)
-            else:
-                data = not (suffix in SUFFIXES or suffix in images or name.startswith("."))
-            if data:
-                unread[f"{suffix or name}{' in sub-folders' if below else ''}"] += 1
-    return unread
+    if unread := [file for file in unread if file.suffix.lower() not in images]:
+        logger.warning("%s: read as a folder of %s; not read: %s", path, read, kinds(unread))
+    return html
 
 
 def _html_pairs(path: Path, task: str | None) -> list[Pair]:
