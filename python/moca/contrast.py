@@ -31,9 +31,10 @@ from moca.data.encode import Encoded, Encoder
 from moca.data.packing import PackedBatch, pack
 from moca.data.records import Document, Pair
 from moca.data.sources import Check, check_images, load_pairs
+from moca.loader import load_batches
 from moca.model import MocaModel
 from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.run import Run, check_output, load_batches, make_accelerator, peak_memory
+from moca.run import Run, begin, peak_memory
 
 # All queries of a batch have the same number.
 FEWER = "hard negatives left out: another pair of their batch has fewer"
@@ -146,12 +147,7 @@ def contrast(config: ContrastConfig) -> None:
         ConfigError: the output folder exists, nothing to resume, or a task too small for a batch.
         Interrupted: stopped by a signal; a checkpoint was written.
     """
-    checkpoint = check_output(config)
-    accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = MocaModel.from_pretrained(config.model)
-    if config.gradient_checkpointing:
-        model.vlm.gradient_checkpointing_enable()
+    checkpoint, accelerator, model = begin(config)
     objective = ContrastObjective(model, config).to(accelerator.device)
     optimizers = build_optimizers(objective, config)
     encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)

@@ -33,9 +33,10 @@ from moca.data.encode import Encoder
 from moca.data.packing import PackedBatch, batches_by_cost, document_cost, pack
 from moca.data.records import Document
 from moca.data.sources import load_documents
+from moca.loader import load_batches
 from moca.model import MocaModel
 from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.run import Run, check_output, load_batches, make_accelerator, peak_memory, seeded
+from moca.run import Run, begin, peak_memory, seeded
 
 IGNORE = -100
 DECODER = "mae_decoder.safetensors"
@@ -223,12 +224,7 @@ def pretrain(config: CptConfig) -> None:
         ConfigError: the output folder exists, or there is nothing to resume.
         Interrupted: stopped by a signal; a checkpoint was written.
     """
-    checkpoint = check_output(config)
-    accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = MocaModel.from_pretrained(config.model)
-    if config.gradient_checkpointing:
-        model.vlm.gradient_checkpointing_enable()
+    checkpoint, accelerator, model = begin(config)
     objective = PretrainObjective(model, config.normalize_patches).to(accelerator.device)
     optimizers = build_optimizers(objective, config)
     encoder = Encoder(model.tokenizer, model.image_settings)

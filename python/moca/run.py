@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import errno
 import fcntl
@@ -15,9 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +24,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from moca.checkpoint import (
@@ -43,10 +38,9 @@ from moca.checkpoint import (
     write_file,
 )
 from moca.config import ConfigError, RunConfig, save_config
-from moca.model import resolve_precision
+from moca.model import MocaModel, resolve_precision
 
 CONFIG, LOG, LOCK = "config.yaml", "log.jsonl", ".lock"
-PATIENCE = 600  # seconds that processes may take to prepare a batch
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,6 +60,21 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     # Said outright, because without it processes on a machine of CPUs would not find each other.
     cpu = not torch.accelerator.is_available()
     return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[ddp])
+
+
+def begin(config: RunConfig) -> tuple[Path | None, Accelerator, MocaModel]:
+    """What both stages begin with: the checkpoint to go on from, the processes, and the model.
+
+    Its weights are float32 whatever the checkpoint's are: a step at a usual rate is less than half
+    of what tells one bfloat16 number from the next, so that most weights would never change.
+    """
+    checkpoint = check_output(config)
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)
+    model = MocaModel.from_pretrained(config.model, dtype=torch.float32)
+    if config.gradient_checkpointing:
+        model.vlm.gradient_checkpointing_enable()
+    return checkpoint, accelerator, model
 
 
 def leave_process_group() -> None:
@@ -104,45 +113,6 @@ def _is_untouched(folder: Path) -> bool:
     return folder.is_dir() and all(
         path.name == LOCK or is_leftover(path) for path in folder.iterdir()
     )
-
-
-def load_batches(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:
-    """The batches of these numbers, prepared by so many processes (0: by this one).
-
-    Raises:
-        RuntimeError: none came in `PATIENCE` seconds. A process that finds no shared memory says so
-            and loses its batch, for which torch would wait for ever.
-    """
-    loader = DataLoader(
-        batches, None, sampler=numbers, num_workers=workers, worker_init_fn=_ignore_signals,
-        timeout=PATIENCE if workers else 0,
-    )  # fmt: skip
-    others = set(active_children())
-    iterator = iter(loader)
-    end = partial(_kill, set(active_children()) - others)
-    atexit.register(end)  # at exit, multiprocessing waits for them: they ignore that it says so
-    try:
-        yield from iterator
-    except RuntimeError as error:
-        if "timed out" not in str(error):
-            raise
-        raise RuntimeError(
-            f"no batch came in {PATIENCE} seconds from the {workers} processes that prepare them: "
-            "they need shared memory (/dev/shm), or more time; workers=0 needs neither"
-        ) from error
-    finally:
-        atexit.unregister(end)
-
-
-def _kill(processes: set[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches every process; only the run answers it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Run:

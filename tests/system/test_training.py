@@ -21,12 +21,13 @@ import pytest
 import tiny
 import torch
 from moca.checkpoint import CheckpointError, checkpoints
-from moca.config import ConfigError, ContrastConfig, CptConfig, from_dict
+from moca.config import ConfigError, ContrastConfig, from_dict
 from moca.contrast import FEWER, PairBatches, contrast, load_tasks
 from moca.data.encode import Encoder
 from moca.data.packing import pack
 from moca.data.records import IMAGE_MARKER, Document, Pair
 from moca.embed import Embedder
+from moca.loader import load_batches
 from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
@@ -35,46 +36,11 @@ from moca.run import (
     Interrupted,
     Run,
     leave_process_group,
-    load_batches,
     read_log,
     seeded,
 )
 from safetensors.torch import load_file
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("data")
-    paths = {name: str(path) for name, path in tiny.write_data(folder).items()}
-    return {**paths, "model": str(tiny.write_model(folder / "model"))}
-
-
-def cpt_config(data, output, **values) -> CptConfig:
-    base = {
-        "model": data["model"], "output": str(output), "documents": [data["documents"]],
-        "steps": 4, "optimizer": "muon", "lr": 3e-3, "batch_cost": 400, "log_every": 1,
-        "save_every": 2, "precision": "fp32", "mae_weight": 1.0, "max_length": 128,
-    }  # fmt: skip
-    return from_dict(CptConfig, {**base, **values})
-
-
-def contrast_config(data, output, **values) -> ContrastConfig:
-    base = {
-        "model": data["model"], "output": str(output),
-        "pairs": {"pictures": data["pictures"], "words": data["words"]},
-        "steps": 4, "optimizer": "muon", "lr": 3e-3, "batch_size": 8, "log_every": 1,
-        "save_every": 2, "precision": "fp32", "temperature": 0.05,
-    }  # fmt: skip
-    return from_dict(ContrastConfig, {**base, **values})
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+from tiny import contrast_config, cpt_config, same_weights, weights
 
 
 @contextmanager
@@ -364,7 +330,7 @@ def test_processes_that_prepare_batches_outlive_a_signal(number):
 def test_a_program_that_fails_with_batches_under_way_ends():
     """What multiprocessing sends the others at exit is the signal that they ignore."""
     code = (
-        "import torch; from moca.run import load_batches\n"
+        "import torch; from moca.loader import load_batches\n"
         "data = torch.utils.data.TensorDataset(torch.arange(40))\n"
         "def run():\n"
         "    batches = load_batches(data, range(40), workers=2)\n"
@@ -382,7 +348,7 @@ class Slow(torch.utils.data.Dataset):
 
 
 def test_a_batch_that_never_comes_is_told(monkeypatch):
-    monkeypatch.setattr("moca.run.PATIENCE", 10)  # a slow machine gives 0 by then
+    monkeypatch.setattr("moca.loader.PATIENCE", 10)  # a slow machine gives 0 by then
     batches = load_batches(Slow(), range(2), workers=1)
     assert next(batches) == 0
     with pytest.raises(RuntimeError, match=r"no batch came in 10 seconds .* workers=0"):
