@@ -47,6 +47,8 @@ class RunConfig:
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     max_length: int = 1280  # tokens: stage 1 cuts what is longer in parts, stage 2 drops the rest
+    # least and most merged tokens an image is resized to, e.g. [256, 1024]; default: the model's
+    image_tokens: list[int] = field(default_factory=list)
     on_error: OnError = "raise"  # unreadable record: raise | skip (counted and reported)
     flip: float = 0.0  # probability that an image is mirrored left to right
     rotate: float = 0.0  # largest rotation of an image, degrees
@@ -73,6 +75,8 @@ class RunConfig:
         _positive(self, "lr")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        if self.image_tokens:
+            _image_tokens(self)
 
 
 @dataclass
@@ -329,6 +333,17 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
 def _at_least(config: Any, name: str, least: float) -> None:
     if not (value := getattr(config, name)) >= least:
         raise ConfigError(f"{name}: expected at least {least}, got {value}")
+
+
+def _image_tokens(config: RunConfig) -> None:
+    """An image stands between two tokens of its own."""
+    match config.image_tokens:
+        case [least, most] if 1 <= least <= most <= config.max_length - 2:
+            return
+    raise ConfigError(
+        "image_tokens: expected [least, most] with 1 <= least <= most <= max_length - 2 = "
+        f"{config.max_length - 2}, got {config.image_tokens}"
+    )
 
 
 def _seed(config: Any) -> None:

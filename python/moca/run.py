@@ -72,6 +72,11 @@ def begin(config: RunConfig) -> tuple[Path | None, Accelerator, MocaModel]:
     accelerator = make_accelerator(config)
     torch.manual_seed(config.seed)
     model = MocaModel.from_pretrained(config.model, dtype=torch.float32)
+    if config.image_tokens:  # saved with the model, so that embedding and evaluation go by it too
+        area = model.image_settings.factor**2
+        least, most = (count * area for count in config.image_tokens)
+        settings = dataclasses.replace(model.image_settings, min_pixels=least, max_pixels=most)
+        model.image_settings = settings
     if config.gradient_checkpointing:
         model.vlm.gradient_checkpointing_enable()
     return checkpoint, accelerator, model
