@@ -9,8 +9,6 @@ B pairs, K hard negatives a query, D dim.
 
 from __future__ import annotations
 
-import math
-import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -31,10 +29,9 @@ from moca.data.encode import Encoded, Encoder
 from moca.data.packing import PackedBatch, pack
 from moca.data.records import Document, Pair
 from moca.data.sources import Check, check_images, load_pairs
-from moca.loader import load_batches
 from moca.model import MocaModel
-from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.run import Run, begin, peak_memory
+from moca.processes import load_batches
+from moca.run import Run, begin
 
 # All queries of a batch have the same number.
 FEWER = "hard negatives left out: another pair of their batch has fewer"
@@ -149,44 +146,26 @@ def contrast(config: ContrastConfig) -> None:
     """
     checkpoint, accelerator, model = begin(config)
     objective = ContrastObjective(model, config).to(accelerator.device)
-    optimizers = build_optimizers(objective, config)
     encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
     tasks = load_tasks(config.pairs, config.on_error, encoder.check)
     schedule = make_schedule(tasks, config, accelerator.process_index, accelerator.num_processes)
     if config.cache_images:
         tasks = {name: _preloaded(pairs, model) for name, pairs in tasks.items()}
     batches = PairBatches(tasks, schedule, encoder, config)
-    trained, *optimizers = accelerator.prepare(objective, *optimizers)
     run = Run(
-        config, accelerator, {"objective": objective}, optimizers, checkpoint,
+        config, accelerator, objective, checkpoint,
         lambda step: zlib.crc32(repr(schedule[max(0, step - 100) : step]).encode()),
     )  # fmt: skip
     loader = load_batches(batches, range(run.step, config.steps), config.workers)
-    trained.train()
-    for step in run.steps("stage 2"):
-        began = time.monotonic()
-        scale = learning_rate_scale(step, config)
-        set_learning_rate(optimizers, scale)
+    for _ in run.steps("stage 2"):
         batch = next(loader).to(accelerator.device)
         run.counts += batch.counts
         with accelerator.autocast():
-            loss = trained(batch)
+            loss = run.trained(batch)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(trained.parameters(), config.grad_clip or math.inf)
         value = float(accelerator.reduce(loss.detach(), "mean"))
-        run.check_finite(loss=value, gradient=float(norm))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
         tokens = len(batch.batch.input_ids) * accelerator.num_processes
-        run.log({
-            "loss": value,
-            f"loss_{batch.task}": value,
-            "lr": config.lr * scale,
-            "grad_norm": float(norm),
-            "tokens_per_second": tokens / (time.monotonic() - began),
-            "memory_gib": peak_memory(accelerator.device),
-        })  # fmt: skip
+        run.update({"loss": value, f"loss_{batch.task}": value}, tokens)
     counts = run.all_counts()
     if accelerator.is_main_process:
         for reason, count in sorted(counts.items()):

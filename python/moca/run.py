@@ -19,10 +19,9 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
@@ -38,7 +37,9 @@ from moca.checkpoint import (
     write_file,
 )
 from moca.config import ConfigError, RunConfig, save_config
-from moca.model import MocaModel, resolve_precision
+from moca.model import MocaModel
+from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
+from moca.processes import make_accelerator
 
 CONFIG, LOG, LOCK = "config.yaml", "log.jsonl", ".lock"
 
@@ -49,17 +50,6 @@ class Interrupted(KeyboardInterrupt):
 
 class Diverged(RuntimeError):
     """The loss or the gradient is no longer a finite number; the weights were left as they were."""
-
-
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """The processes of this run, in the precision asked for."""
-    # A batch without images leaves the vision tower without gradients on some ranks.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    precision = resolve_precision(config.precision)
-    mixed = {"fp32": "no", "bf16": "bf16"}[precision]
-    # Said outright, because without it processes on a machine of CPUs would not find each other.
-    cpu = not torch.accelerator.is_available()
-    return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[ddp])
 
 
 def begin(config: RunConfig) -> tuple[Path | None, Accelerator, MocaModel]:
@@ -80,12 +70,6 @@ def begin(config: RunConfig) -> tuple[Path | None, Accelerator, MocaModel]:
     if config.gradient_checkpointing:
         model.vlm.gradient_checkpointing_enable()
     return checkpoint, accelerator, model
-
-
-def leave_process_group() -> None:
-    """What a process of several does last: no run can follow in it."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def check_output(config: RunConfig) -> Path | None:
@@ -126,11 +110,16 @@ class Run:
     Args:
         config: saved as config.yaml in the run folder.
         accelerator: only its main process writes.
-        modules, optimizers: what a checkpoint holds.
+        objective: what is trained; a checkpoint holds it and its optimizers.
         checkpoint: of an earlier start of the same run, or None.
         batches: of a number of steps, what tells their batches from those of another seed, number
             of records, size or number of processes; anything that JSON holds. Other records in the
             same number are not noticed.
+
+    Attributes:
+        trained: the objective, to be called for its loss; it gathers gradients over processes.
+        counts: of what happened to records in this process; the main one also holds what all
+            counted before a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of other modules or of an earlier version.
@@ -142,23 +131,24 @@ class Run:
         self,
         config: RunConfig,
         accelerator: Accelerator,
-        modules: Mapping[str, nn.Module],
-        optimizers: list[torch.optim.Optimizer],
+        objective: nn.Module,
         checkpoint: Path | None,
         batches: Callable[[int], Any],
     ) -> None:
         self.config, self.accelerator = config, accelerator
-        self.modules, self.optimizers, self.batches = modules, optimizers, batches
+        self.modules, self.batches = {"objective": objective}, batches
+        optimizers = build_optimizers(objective, config)
+        self.trained, *self.optimizers = accelerator.prepare(objective, *optimizers)
+        self.trained.train()
         self.folder = Path(config.output)
         self.step, self.seconds = 0, 0.0
-        # What this rank counted; the main one also holds what all counted before a checkpoint.
         self.counts: Counter[str] = Counter()
         self._values: dict[str, list[float]] = {}
         self._shown: dict[str, str] = {}
         self._lock = self._take_folder() if accelerator.is_main_process else None
         if checkpoint is not None:
             self._load(checkpoint)
-        self._since = time.monotonic()
+        self._since = self._began = time.monotonic()
         if accelerator.is_main_process:
             tidy(self.folder)
             self._say_changes()
@@ -238,6 +228,7 @@ class Run:
         )
         with bar, _stop_signal() as asked_to_stop:
             while self.step < self.config.steps:
+                self._began = time.monotonic()
                 yield self.step
                 self.step += 1
                 bar.update()
@@ -252,8 +243,37 @@ class Run:
                     )
                 bar.set_postfix(self._shown, refresh=False)
 
+    def update(self, losses: Mapping[str, float], tokens: float) -> None:
+        """What ends a step: gradients are clipped, the optimizers make their step, it is logged.
+
+        Args:
+            losses: "loss" and its parts, of all processes together.
+            tokens: that went through the model, in all processes together.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite; the weights were left as they were.
+        """
+        config = self.config
+        norm = self.accelerator.clip_grad_norm_(
+            self.trained.parameters(), config.grad_clip or math.inf
+        )
+        self.check_finite(loss=losses["loss"], gradient=float(norm))
+        scale = learning_rate_scale(self.step, config)
+        set_learning_rate(self.optimizers, scale)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.log({
+            **losses,
+            "lr": config.lr * scale,
+            "grad_norm": float(norm),
+            "tokens_per_second": tokens / (time.monotonic() - self._began),
+            "memory_gib": peak_memory(self.accelerator.device),
+        })  # fmt: skip
+
     def log(self, values: Mapping[str, float]) -> None:
-        """Note a step's values; their means are written every `log_every` steps."""
+        """Note a step's values; every `log_every` steps their means are written, each over the
+        steps that had it."""
         for name, value in values.items():
             self._values.setdefault(name, []).append(float(value))
         done = self.step + 1

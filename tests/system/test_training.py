@@ -27,20 +27,19 @@ from moca.data.encode import Encoder
 from moca.data.packing import pack
 from moca.data.records import IMAGE_MARKER, Document, Pair
 from moca.embed import Embedder
-from moca.loader import load_batches
 from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
+from moca.processes import leave_process_group, load_batches
 from moca.run import (
     Diverged,
     Interrupted,
     Run,
-    leave_process_group,
     read_log,
     seeded,
 )
 from safetensors.torch import load_file
-from tiny import contrast_config, cpt_config, same_weights, weights
+from tiny import contrast_config, cpt_config, same_weights
 
 
 @contextmanager
@@ -330,7 +329,7 @@ def test_processes_that_prepare_batches_outlive_a_signal(number):
 def test_a_program_that_fails_with_batches_under_way_ends():
     """What multiprocessing sends the others at exit is the signal that they ignore."""
     code = (
-        "import torch; from moca.loader import load_batches\n"
+        "import torch; from moca.processes import load_batches\n"
         "data = torch.utils.data.TensorDataset(torch.arange(40))\n"
         "def run():\n"
         "    batches = load_batches(data, range(40), workers=2)\n"
@@ -348,7 +347,7 @@ class Slow(torch.utils.data.Dataset):
 
 
 def test_a_batch_that_never_comes_is_told(monkeypatch):
-    monkeypatch.setattr("moca.loader.PATIENCE", 10)  # a slow machine gives 0 by then
+    monkeypatch.setattr("moca.processes.PATIENCE", 10)  # a slow machine gives 0 by then
     batches = load_batches(Slow(), range(2), workers=1)
     assert next(batches) == 0
     with pytest.raises(RuntimeError, match=r"no batch came in 10 seconds .* workers=0"):
@@ -471,39 +470,6 @@ def test_a_process_leaves_its_group_once():
     leave_process_group()
     assert not torch.distributed.is_initialized()
     leave_process_group()
-
-
-@pytest.mark.parametrize("stage", ["cpt", "contrast"])
-def test_two_processes_equal_one(data, tmp_path, stage):
-    """Two gloo processes with half the pairs each make the steps of one process with all."""
-    make = {"cpt": cpt_config, "contrast": contrast_config}[stage]
-    values = {"steps": 3, "optimizer": "adamw", "grad_clip": 0.0}
-    if stage == "contrast":
-        values |= {"batch_size": 4}
-    else:
-        values |= {"accumulation": 1}
-    config = dataclasses.asdict(make(data, tmp_path / "two", **values))
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "moca",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        launch + command(stage, config, tmp_path)[3:],
-        capture_output=True, text=True, env=environment, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    values |= {"batch_size": 8} if stage == "contrast" else {"accumulation": 2}
-    train = {"cpt": pretrain, "contrast": contrast}[stage]
-    train(make(data, tmp_path / "one", **values))
-    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
-    assert len(losses[0]) == len(losses[1]) == 3
-    assert np.isfinite(losses).all()
-    if stage == "contrast":  # stage 1 draws its noise by micro-batch, which two processes share out
-        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
-        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-        moved = max(float((one[name] - two[name]).abs().mean()) for name in one)
-        assert moved < 0.02 * 3 * 3e-3, "of the three steps of lr 3e-3 at most a fiftieth differs"
 
 
 class TestMasking:

@@ -1,4 +1,4 @@
-"""Batches that other processes prepare while this one trains."""
+"""The processes of a run: those that train together, and those that prepare batches for one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,33 @@ from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, Dataset
 
+from moca.config import RunConfig
+from moca.model import resolve_precision
+
 PATIENCE = 600  # seconds that processes may take to prepare a batch
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The processes of this run, in the precision asked for."""
+    # A batch without images leaves the vision tower without gradients on some ranks.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    precision = resolve_precision(config.precision)
+    mixed = {"fp32": "no", "bf16": "bf16"}[precision]
+    # Said outright, because without it processes on a machine of CPUs would not find each other.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[ddp])
+
+
+def leave_process_group() -> None:
+    """What a process of several does last: no run can follow in it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def load_batches(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:
