@@ -147,7 +147,7 @@ def contrast(config: ContrastConfig) -> None:
     checkpoint, accelerator, model = begin(config)
     objective = ContrastObjective(model, config).to(accelerator.device)
     encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
-    tasks = load_tasks(config.pairs, config.on_error, encoder.check)
+    tasks = load_tasks(config.pairs, config.on_error, encoder.check, accelerator.process_index)
     schedule = make_schedule(tasks, config, accelerator.process_index, accelerator.num_processes)
     if config.cache_images:
         tasks = {name: _preloaded(pairs, model) for name, pairs in tasks.items()}
@@ -175,14 +175,28 @@ def contrast(config: ContrastConfig) -> None:
 
 
 def load_tasks(
-    sources: dict[str, str], on_error: OnError, check: Check = check_images
+    sources: dict[str, str], on_error: OnError, check: Check = check_images, rank: int = 0
 ) -> dict[str, list[Pair]]:
-    """Pairs by task; an empty source is an error. See `Records` for `on_error` and `check`."""
+    """Pairs by task, every one checked, so that none stops a run that has begun.
+
+    Args:
+        sources: by task.
+        on_error, check: as for `Records`; to raise, `check` is called here.
+        rank: the first shows how far it is.
+
+    Raises:
+        ConfigError: an empty source.
+        ValueError: a bad record, unless it is to be skipped; names it.
+    """
     tasks = {}
     for name, source in sources.items():
         tasks[name] = list(load_pairs(source, task=name, on_error=on_error, check=check))
         if not tasks[name]:
             raise ConfigError(f"pairs.{name}: {source} holds no pairs")
+        if on_error == "raise":  # to skip, loading has checked already
+            for pair in tqdm(tasks[name], f"checking {name}", unit="pair", disable=rank > 0):
+                for document in (pair.query, pair.positive, *pair.negatives):
+                    check(document)
     return tasks
 
 

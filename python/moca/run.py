@@ -151,7 +151,8 @@ class Run:
         self._since = self._began = time.monotonic()
         if accelerator.is_main_process:
             tidy(self.folder)
-            self._say_changes()
+            for change in self._changes():  # they count for the steps that follow
+                tqdm.write(f"resume: {change}")
             write_file(self.folder / CONFIG, lambda path: save_config(config, path))
             self._trim_log()
         accelerator.wait_for_everyone()
@@ -190,23 +191,26 @@ class Run:
             self.counts += Counter(state["counts"])
         if self._any_rank(main and state["batches"] != self.batches(self.step)):
             raise ConfigError(
-                f"resume: the steps of {checkpoint} were made of other batches; expected the data, "
-                "batch sizes, task weights, seed and number of processes that they were made with"
+                f"resume: the steps of {checkpoint} were made of other batches; expected the "
+                "records, batch sizes, task weights, seed, number of processes and what else says "
+                "which records there are (on_error, max_length, image_tokens) as they were then"
+                + "".join(f"; {change}" for change in self._changes())
             )
 
-    def _say_changes(self) -> None:
-        """Settings may be other than they were before; they count for the steps that follow."""
+    def _changes(self) -> list[str]:
+        """Which settings are other than they were before."""
         path = self.folder / CONFIG
         if not path.exists():
-            return
+            return []
         try:
             before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, yaml.YAMLError) as error:
-            tqdm.write(f"resume: what has changed is not known, {path} is damaged: {error}")
-            return
-        for key, value in dataclasses.asdict(self.config).items():
-            if key not in ("resume", "output") and value != before.get(key):
-                tqdm.write(f"resume: {key} is {value!r}, was {before.get(key)!r}")
+            return [f"what has changed is not known, {path} is damaged: {error}"]
+        return [
+            f"{key} is {value!r}, was {before.get(key)!r}"
+            for key, value in dataclasses.asdict(self.config).items()
+            if key not in ("resume", "output") and value != before.get(key)
+        ]
 
     def elapsed(self) -> float:
         """Seconds of training so far, earlier starts counted in."""

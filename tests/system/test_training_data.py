@@ -1,15 +1,18 @@
 """What training makes of its data: sizes of images, bad records, hard negatives."""
 
 import json
+from pathlib import Path
 
 import PIL.Image
 import pytest
+from moca.config import ConfigError
+from moca.contrast import contrast
 from moca.data.encode import Encoder
 from moca.data.records import Document
 from moca.embed import Embedder
 from moca.model import MocaModel
 from test_training_numbers import STAGES
-from tiny import IMAGES
+from tiny import IMAGES, contrast_config
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -38,3 +41,37 @@ def test_image_tokens_bound_images_here_and_in_the_saved_model(data, tmp_path, s
         assert len(encoded) - 2 == 16
     embedder = Embedder.from_pretrained(tmp_path / "run" / "model", max_length=26)
     assert embedder.encode([page]).shape == (1, 32)
+
+
+def with_one_unreadable(data, folder: Path) -> str:
+    rows = [json.loads(line) for line in Path(data["pictures"]).read_text().splitlines()]
+    for row in rows:
+        row["pos_image_path"] = str(Path(data["pictures"]).with_name(row["pos_image_path"]))
+    (folder / "bad.png").write_bytes(b"no picture")
+    rows[-1]["neg_text"], rows[-1]["neg_image_path"] = [""], [str(folder / "bad.png")]
+    source = folder / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(source)
+
+
+def test_stage2_finds_a_bad_record_before_its_first_step(data, tmp_path):
+    """Also where no step would have come to it, as to this one's hard negative."""
+    source = with_one_unreadable(data, tmp_path)
+    config = contrast_config(
+        data, tmp_path / "run", pairs={"pictures": source}, steps=1, hard_negatives=0
+    )
+    with pytest.raises(ValueError, match=r"pairs\.jsonl line 24: negative 0: image 0: .*bad\.png"):
+        contrast(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_resumption_names_what_has_changed(data, tmp_path):
+    pairs = {"pictures": with_one_unreadable(data, tmp_path)}
+    contrast(contrast_config(data, tmp_path / "run", pairs=pairs, steps=2, on_error="skip"))
+    (tmp_path / "bad.png").write_bytes(
+        (Path(data["pictures"]).parent / "red-frame.png").read_bytes()
+    )
+    resumed = contrast_config(data, tmp_path / "run", pairs=pairs, resume=True)
+    message = r"made of other batches; .*on_error.*; on_error is 'raise', was 'skip'"
+    with pytest.raises(ConfigError, match=message):
+        contrast(resumed)
