@@ -114,7 +114,7 @@ class ContrastConfig(RunConfig):
     batch_size: int = 24  # pairs a process and step
     task_batch_sizes: dict[str, int] = field(default_factory=dict)  # where a task's differs
     task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; default: size
-    hard_negatives: int = 2  # a query, scored only against their own query
+    hard_negatives: int = 2  # of a query, at most; scored only against it
     temperature: float = 0.03
     learn_temperature: bool = False
     token_dropout: float = 0.0  # probability that a text token is left out

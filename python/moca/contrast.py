@@ -4,7 +4,7 @@ Every batch holds pairs of one task, on all ranks; queries, positives and hard n
 the model in one pack; positives of all ranks are each other's negatives, hard negatives are seen
 by their own query only.
 
-B pairs, K hard negatives a query, D dim.
+B pairs, K hard negatives of the query that has most of them, D dim.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from moca.model import MocaModel
 from moca.processes import load_batches
 from moca.run import Run, begin
 
-# All queries of a batch have the same number.
-FEWER = "hard negatives left out: another pair of their batch has fewer"
+# Length of what stands in the place of a hard negative that a query lacks.
+FAR = 1e6
 
 
 @dataclass
@@ -43,27 +43,18 @@ class PairBatch:
 
     Args:
         task: of all its pairs.
-        batch: B queries, then B positives, then K hard negatives of each query in turn.
-        pairs, negatives: B and K.
-        query_ids, document_ids: (B,) int64 identities of each query and positive by content.
+        batch: B queries, then B positives, then the hard negatives of each query in turn.
+        negatives: of each of the B queries, how many hard negatives it has.
         counts: what encoding cut or left out.
     """
 
     task: str
     batch: PackedBatch
-    pairs: int
-    negatives: int
-    query_ids: Tensor
-    document_ids: Tensor
+    negatives: list[int]
     counts: Counter[str]
 
     def to(self, device: torch.device) -> PairBatch:
-        return replace(
-            self,
-            batch=self.batch.to(device),
-            query_ids=self.query_ids.to(device),
-            document_ids=self.document_ids.to(device),
-        )
+        return replace(self, batch=self.batch.to(device))
 
 
 class ContrastObjective(nn.Module):
@@ -79,17 +70,36 @@ class ContrastObjective(nn.Module):
 
     def forward(self, batch: PairBatch) -> Tensor:
         embeddings = self.model.embed(batch.batch)
-        query, document, negatives = embeddings.split(
-            [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
-        )
-        hard = None
-        if batch.negatives:
-            hard = negatives.view(batch.pairs, batch.negatives, -1)
-        loss = self.loss(query, document, hard_negatives=hard, document_ids=batch.document_ids)
+        pairs = len(batch.negatives)
+        query, document, negatives = embeddings.split([pairs, pairs, sum(batch.negatives)])
+        hard = hard_negatives(query, negatives, batch.negatives)
+        loss = self.loss(query, document, hard_negatives=hard)
         if self.symmetric:
-            back = self.loss(document, query, document_ids=batch.query_ids)
-            loss = 0.5 * (loss + back)
+            loss = 0.5 * (loss + self.loss(document, query))
         return loss
+
+
+def hard_negatives(query: Tensor, negatives: Tensor, counts: list[int]) -> Tensor | None:
+    """Hard negatives by query, as many places as the query with most of them has.
+
+    A query with fewer keeps what it has. Its other places hold a vector opposite to it and so long
+    that exp(score) is 0 in float32: they add nothing to the loss and have no gradient, where a
+    negative given twice would count twice.
+
+    Args:
+        query: (B, D) float32, unit vectors.
+        negatives: (sum of counts, D) float32, those of each query in turn.
+        counts: of each query.
+
+    Returns:
+        (B, K, D) float32, K = max(counts); None where no query has any.
+    """
+    places = max(counts)
+    if not places:
+        return None
+    held = torch.arange(places) < torch.tensor(counts)[:, None]
+    absent = -FAR * query.detach()[:, None].expand(-1, places, -1)
+    return absent.masked_scatter(held[..., None].to(query.device), negatives)
 
 
 class PairBatches(Dataset):
@@ -110,13 +120,12 @@ class PairBatches(Dataset):
     def __getitem__(self, step: int) -> PairBatch:
         task, indices = self.schedule[step]
         pairs = [self.tasks[task][index] for index in indices]
-        wanted = [min(len(pair.negatives), self.config.hard_negatives) for pair in pairs]
-        negatives = min(wanted)
+        counts = [min(len(pair.negatives), self.config.hard_negatives) for pair in pairs]
         before = self.encoder.counts.copy()
         queries, positives, hard = [], [], []
-        for index, pair in zip(indices, pairs, strict=True):
+        for index, pair, count in zip(indices, pairs, counts, strict=True):
             rng = np.random.default_rng([self.config.seed, step, index])
-            chosen = rng.permutation(len(pair.negatives))[:negatives]
+            chosen = rng.permutation(len(pair.negatives))[:count]
             queries.append(self._encode(pair.query, task, rng))
             positives.append(self._encode(pair.positive, task, rng))
             hard += [self._encode(pair.negatives[number], task, rng) for number in chosen]
@@ -124,11 +133,8 @@ class PairBatches(Dataset):
         return PairBatch(
             task,
             pack(encoded, self.encoder.merge_size, self.encoder.image_token_id),
-            len(pairs),
-            negatives,
-            _identities([pair.query for pair in pairs]),
-            _identities([pair.positive for pair in pairs]),
-            self.encoder.counts - before + Counter({FEWER: sum(wanted) - negatives * len(pairs)}),
+            counts,
+            self.encoder.counts - before,
         )
 
     def _encode(self, document: Document, task: str, rng: np.random.Generator) -> Encoded:
@@ -252,9 +258,3 @@ def _preloaded(pairs: list[Pair], model: MocaModel) -> list[Pair]:
         )
         for pair in pairs
     ]
-
-
-def _identities(documents: Sequence[Document]) -> Tensor:
-    """(B,) int64, equal for equal content: 8 bytes of each document's key."""
-    keys = (document.key()[:8] for document in documents)
-    return torch.tensor([int.from_bytes(key, "big", signed=True) for key in keys])

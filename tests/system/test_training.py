@@ -21,11 +21,11 @@ import pytest
 import tiny
 import torch
 from moca.checkpoint import CheckpointError, checkpoints
-from moca.config import ConfigError, ContrastConfig, from_dict
-from moca.contrast import FEWER, PairBatches, contrast, load_tasks
+from moca.config import ConfigError
+from moca.contrast import PairBatches, contrast, load_tasks
 from moca.data.encode import Encoder
 from moca.data.packing import pack
-from moca.data.records import IMAGE_MARKER, Document, Pair
+from moca.data.records import IMAGE_MARKER, Document
 from moca.embed import Embedder
 from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
@@ -251,16 +251,6 @@ def test_values_and_counts_outlive_a_start(data, tmp_path):
         for name in ("whole", "parts")
     )
     assert whole == parts and whole["documents truncated"] > 0
-
-
-def test_hard_negatives_left_out_are_counted(data):
-    model = MocaModel.from_pretrained(data["model"])
-    encoder = Encoder(model.tokenizer, model.image_settings, 64)
-    text = [Document.of([f"number {n}"]) for n in range(8)]
-    pairs = [Pair(text[0], text[1], (text[2], text[3])), Pair(text[4], text[5], (text[6],))]
-    config = from_dict(ContrastConfig, {"model": "m", "output": "o", "pairs": {"a": "a.jsonl"}})
-    batch = PairBatches({"a": pairs}, [("a", [0, 1])], encoder, config)[0]
-    assert batch.negatives == 1 and batch.counts == {FEWER: 1}
 
 
 def test_a_batch_of_one_pair_needs_hard_negatives(data, tmp_path):

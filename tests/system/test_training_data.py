@@ -5,10 +5,11 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from moca.config import ConfigError
-from moca.contrast import contrast
+from moca.contrast import ContrastObjective, PairBatches, contrast
 from moca.data.encode import Encoder
-from moca.data.records import Document
+from moca.data.records import Document, Pair
 from moca.embed import Embedder
 from moca.model import MocaModel
 from test_training_numbers import STAGES
@@ -75,3 +76,44 @@ def test_a_refused_resumption_names_what_has_changed(data, tmp_path):
     message = r"made of other batches; .*on_error.*; on_error is 'raise', was 'skip'"
     with pytest.raises(ConfigError, match=message):
         contrast(resumed)
+
+
+def pairs_with_negatives(*counts: int) -> list[Pair]:
+    text = [Document.of(f"number {n}") for n in range(40)]
+    return [
+        Pair(text[n], text[10 + n], tuple(text[20 + 5 * n : 20 + 5 * n + count]))
+        for n, count in enumerate(counts)
+    ]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("counts", [(3, 1, 0), (0, 0, 0), (1, 1, 1)])
+def test_a_query_has_its_own_hard_negatives_whatever_the_others_have(data, counts, symmetric):
+    model = MocaModel.from_pretrained(data["model"])
+    encoder = Encoder(model.tokenizer, model.image_settings, 64)
+    options = {"temperature": 0.5, "learn_temperature": True, "symmetric": symmetric}
+    config = contrast_config(data, "run", hard_negatives=2, **options)
+    tasks = {"words": pairs_with_negatives(*counts)}
+    batch = PairBatches(tasks, [("words", [0, 1, 2])], encoder, config)[0]
+    assert batch.negatives == [min(count, 2) for count in counts]
+    assert len(batch.batch) == 6 + sum(batch.negatives)
+    states = torch.nn.functional.normalize(torch.randn(len(batch.batch), 16), dim=1)
+    states.requires_grad_()
+    model.embed = lambda packed: states
+    objective = ContrastObjective(model, config)
+    temperature = objective.loss.log_temperature
+    got = objective(batch)
+    d_got = torch.autograd.grad(got, [states, temperature])
+
+    query, document, *hard = states.split([3, 3, *batch.negatives])
+    scores = query @ document.T / temperature.exp()
+    rows = [
+        torch.cat([scores[n], hard[n] @ query[n] / temperature.exp()]).logsumexp(0) - scores[n, n]
+        for n in range(3)
+    ]
+    want = torch.stack(rows).mean()
+    if symmetric:
+        back = (scores.logsumexp(0) - scores.diagonal()).mean()
+        want = 0.5 * (want + back)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(d_got, torch.autograd.grad(want, [states, temperature]))
