@@ -113,7 +113,7 @@ class ContrastConfig(RunConfig):
     pairs: dict[str, str] = field(default_factory=dict)
     batch_size: int = 24  # pairs a process and step
     task_batch_sizes: dict[str, int] = field(default_factory=dict)  # where a task's differs
-    task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; default: size
+    task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; none: by size
     hard_negatives: int = 2  # of a query, at most; scored only against it
     temperature: float = 0.03
     learn_temperature: bool = False
@@ -137,6 +137,11 @@ class ContrastConfig(RunConfig):
                     _is_fraction(f"{name}.{task}", value)
                 elif value <= 0:
                     raise ConfigError(f"{name}.{task}: expected a positive number, got {value}")
+        if self.task_weights and (without := self.pairs.keys() - self.task_weights.keys()):
+            raise ConfigError(
+                f"task_weights: expected one for every task, or none at all, got none for "
+                f"{', '.join(sorted(without))}"
+            )
 
 
 @dataclass

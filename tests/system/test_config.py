@@ -124,6 +124,13 @@ def test_task_of_weights_must_exist():
         from_dict(ContrastConfig, values)
 
 
+def test_weights_are_of_every_task_or_of_none():
+    values = {"model": "m", "output": "o", "pairs": {"a": "a", "b": "b", "c": "c"}}
+    with pytest.raises(ConfigError, match=r"task_weights: .* every task, .* got none for b, c"):
+        from_dict(ContrastConfig, {**values, "task_weights": {"a": 1}})
+    assert from_dict(ContrastConfig, {**values, "task_weights": {"a": 1, "b": 1, "c": 2}})
+
+
 def test_dropout_of_a_task_is_a_probability():
     values = {"model": "m", "output": "o", "pairs": {"emoji": "e"}}
     for wrong in (-0.1, 1.5):
