@@ -68,6 +68,12 @@ class ContrastObjective(nn.Module):
             temperature=config.temperature, learnable=config.learn_temperature
         )
 
+    @property
+    @torch.no_grad()
+    def temperature(self) -> float:
+        """What scores are divided by, as it is now."""
+        return float(self.loss.temperature)
+
     def forward(self, batch: PairBatch) -> Tensor:
         embeddings = self.model.embed(batch.batch)
         pairs = len(batch.negatives)
@@ -171,11 +177,13 @@ def contrast(config: ContrastConfig) -> None:
         accelerator.backward(loss)
         value = float(accelerator.reduce(loss.detach(), "mean"))
         tokens = len(batch.batch.input_ids) * accelerator.num_processes
-        run.update({"loss": value, f"loss_{batch.task}": value}, tokens)
+        losses = {"loss": value, f"loss_{batch.task}": value}
+        run.update({**losses, "temperature": objective.temperature}, tokens)
     counts = run.all_counts()
     if accelerator.is_main_process:
         for reason, count in sorted(counts.items()):
             tqdm.write(f"stage 2: {count} {reason}")
+        model.settings = replace(model.settings, temperature=objective.temperature)
         model.save_pretrained(Path(config.output) / "model")
     accelerator.wait_for_everyone()
 

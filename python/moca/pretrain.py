@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import moca_fast
 from moca.checkpoint import write_file
-from moca.config import ConfigError, CptConfig
+from moca.config import ConfigError, CptConfig, load_config
 from moca.data.augment import ImageChanges, augment_images, preload_images
 from moca.data.encode import Encoder
 from moca.data.packing import PackedBatch, batches_by_cost, document_cost, pack
@@ -32,7 +32,7 @@ from moca.data.records import Document
 from moca.data.sources import load_documents
 from moca.model import MocaModel
 from moca.processes import load_batches
-from moca.run import Run, begin, seeded
+from moca.run import CONFIG, Run, begin, seeded
 
 IGNORE = -100
 DECODER = "mae_decoder.safetensors"
@@ -274,7 +274,9 @@ def pretrain(config: CptConfig) -> None:
 
 def load_objective(output: str | Path) -> PretrainObjective:
     """The model and MAE decoder that `pretrain` left in its run folder."""
-    objective = PretrainObjective(MocaModel.from_pretrained(Path(output) / "model"))
+    model = MocaModel.from_pretrained(Path(output) / "model")
+    config = load_config(CptConfig, Path(output) / CONFIG)
+    objective = PretrainObjective(model, config.normalize_patches)
     decoder = load_file(Path(output) / DECODER)
     missing = set(objective.decoder_state()) ^ set(decoder)
     if missing:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import resource
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing import active_children
@@ -37,6 +39,14 @@ def leave_process_group() -> None:
     """What a process of several does last: no run can follow in it."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far, GiB: of the GPU in use, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def load_batches(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import math
-import resource
 import signal
 import sys
 import time
@@ -38,8 +37,13 @@ from moca.checkpoint import (
 )
 from moca.config import ConfigError, RunConfig, save_config
 from moca.model import MocaModel
-from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.processes import make_accelerator
+from moca.optim import (
+    build_optimizers,
+    learning_rate_scale,
+    learning_rates,
+    set_learning_rate,
+)
+from moca.processes import make_accelerator, peak_memory
 
 CONFIG, LOG, LOCK = "config.yaml", "log.jsonl", ".lock"
 
@@ -68,7 +72,9 @@ def begin(config: RunConfig) -> tuple[Path | None, Accelerator, MocaModel]:
         settings = dataclasses.replace(model.image_settings, min_pixels=least, max_pixels=most)
         model.image_settings = settings
     if config.gradient_checkpointing:
-        model.vlm.gradient_checkpointing_enable()
+        # Its name since transformers 5.23, which warns of the earlier one.
+        name = "activation_checkpointing_enable"
+        getattr(model.vlm, name, model.vlm.gradient_checkpointing_enable)()
     return checkpoint, accelerator, model
 
 
@@ -247,11 +253,11 @@ class Run:
                     )
                 bar.set_postfix(self._shown, refresh=False)
 
-    def update(self, losses: Mapping[str, float], tokens: float) -> None:
+    def update(self, values: Mapping[str, float], tokens: float) -> None:
         """What ends a step: gradients are clipped, the optimizers make their step, it is logged.
 
         Args:
-            losses: "loss" and its parts, of all processes together.
+            values: "loss", of all processes together, and what else the log is to hold.
             tokens: that went through the model, in all processes together.
 
         Raises:
@@ -261,15 +267,15 @@ class Run:
         norm = self.accelerator.clip_grad_norm_(
             self.trained.parameters(), config.grad_clip or math.inf
         )
-        self.check_finite(loss=losses["loss"], gradient=float(norm))
+        self.check_finite(loss=values["loss"], gradient=float(norm))
         scale = learning_rate_scale(self.step, config)
         set_learning_rate(self.optimizers, scale)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.log({
-            **losses,
-            "lr": config.lr * scale,
+            **values,
+            **{name: rate * scale for name, rate in learning_rates(config).items()},
             "grad_norm": float(norm),
             "tokens_per_second": tokens / (time.monotonic() - self._began),
             "memory_gib": peak_memory(self.accelerator.device),
@@ -277,7 +283,7 @@ class Run:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Note a step's values; every `log_every` steps their means are written, each over the
-        steps that had it."""
+        steps that had it, and how much was counted so far in all processes."""
         for name, value in values.items():
             self._values.setdefault(name, []).append(float(value))
         done = self.step + 1
@@ -286,8 +292,10 @@ class Run:
         means = {name: sum(seen) / len(seen) for name, seen in self._values.items()}
         self._values = {}
         self._shown = {k: f"{v:.3g}" for k, v in means.items() if k.startswith("loss")}
+        counts = self.all_counts()
         if self.accelerator.is_main_process:
-            line = {"step": done, "seconds": round(self.elapsed(), 3), **means}
+            line: dict[str, Any] = {"step": done, "seconds": round(self.elapsed(), 3), **means}
+            line |= {"counts": dict(sorted(counts.items()))} if counts else {}
             path = self.folder / LOG
             with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -388,11 +396,3 @@ def seeded(*numbers: int) -> torch.Generator:
     generator = torch.Generator()
     generator.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, "uint64")[0] >> 1))
     return generator
-
-
-def peak_memory(device: torch.device) -> float:
-    """Largest memory so far, GiB: of the GPU in use, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

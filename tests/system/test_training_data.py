@@ -1,6 +1,7 @@
 """What training makes of its data: sizes of images, bad records, hard negatives."""
 
 import json
+import warnings
 from pathlib import Path
 
 import PIL.Image
@@ -12,8 +13,10 @@ from moca.data.encode import Encoder
 from moca.data.records import Document, Pair
 from moca.embed import Embedder
 from moca.model import MocaModel
+from moca.pretrain import load_objective, pretrain
+from moca.run import read_log
 from test_training_numbers import STAGES
-from tiny import IMAGES, contrast_config
+from tiny import IMAGES, contrast_config, cpt_config
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -117,3 +120,36 @@ def test_a_query_has_its_own_hard_negatives_whatever_the_others_have(data, count
         want = 0.5 * (want + back)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(d_got, torch.autograd.grad(want, [states, temperature]))
+
+
+def test_the_log_tells_rates_temperature_and_what_was_cut(data, tmp_path):
+    options = {"max_length": 6, "muon_lr": 6e-3, "learn_temperature": True}
+    contrast(contrast_config(data, tmp_path / "run", **options))
+    log = read_log(tmp_path / "run")
+    assert all(line["muon_lr"] == pytest.approx(2 * line["lr"]) for line in log)
+    truncated = [line["counts"]["documents truncated"] for line in log]
+    assert 0 < truncated[0] < truncated[-1] and truncated == sorted(truncated)
+    assert log[0]["temperature"] == pytest.approx(0.05)
+    assert abs(log[-1]["temperature"] - 0.05) > 1e-5
+    settings = tmp_path / "run" / "model" / "moca.json"
+    saved = json.loads(settings.read_text())
+    assert saved["temperature"] == pytest.approx(log[-1]["temperature"], rel=0.01)
+    model = MocaModel.from_pretrained(tmp_path / "run" / "model")
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "moca.json").read_text()) == saved
+
+
+def test_the_decoder_is_loaded_with_its_targets(data, tmp_path):
+    for normalize in (True, False):
+        output = tmp_path / str(normalize)
+        pretrain(cpt_config(data, output, steps=1, normalize_patches=normalize))
+        assert load_objective(output).normalize_patches is normalize
+
+
+def test_activations_are_made_again_without_a_warning(data, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        pretrain(cpt_config(data, tmp_path / "run", steps=1, gradient_checkpointing=True))
+    pretrain(cpt_config(data, tmp_path / "plain", steps=1))
+    again, plain = (read_log(tmp_path / name)[0] for name in ("run", "plain"))
+    assert again["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
