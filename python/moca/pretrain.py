@@ -273,7 +273,11 @@ def pretrain(config: CptConfig) -> None:
 
 
 def load_objective(output: str | Path) -> PretrainObjective:
-    """The model and MAE decoder that `pretrain` left in its run folder."""
+    """The model and MAE decoder that `pretrain` left in its run folder, for the same targets.
+
+    Raises:
+        OSError, ValueError: a folder that is not of a finished run of stage 1.
+    """
     model = MocaModel.from_pretrained(Path(output) / "model")
     config = load_config(CptConfig, Path(output) / CONFIG)
     objective = PretrainObjective(model, config.normalize_patches)

@@ -37,6 +37,7 @@ def test_a_checkpoint_in_bfloat16_trains_as_one_in_float32(data, tmp_path, stage
     whole, start = weights(tmp_path / "whole"), load_file(data["model"] + "/model.safetensors")
     half_now = weights(tmp_path / "half")
     assert {tensor.dtype for tensor in half_now.values()} == {torch.float32}
+    assert MocaModel.from_pretrained(tmp_path / "half" / "model").vlm.dtype == torch.float32
     moved = {name: (half_now[name] != before[name]).float().mean() for name in before}
     expected = {name: (whole[name] != start[name]).float().mean() for name in start}
     assert all(moved[name] > 0.98 * expected[name] for name in moved)
