@@ -15,7 +15,7 @@ import yaml
 from moca.data.prompts import check_prompt
 
 OnError = Literal["raise", "skip"]
-# Of products; weights stay as they are. auto: bf16 where the hardware multiplies it, else fp32.
+# Of products; trained weights are float32 all the same. auto: bf16 where the hardware multiplies it, else fp32.
 Precision = Literal["auto", "fp32", "bf16"]
 
 SEEDS = 2**63  # those of torch are 64-bit integers with a sign
@@ -168,10 +168,7 @@ class EmbedConfig:
     image_root: str = ""  # as in training
 
     def check(self) -> None:
-        _at_least(self, "batch_tokens", 1)
-        _at_least(self, "max_length", 1)
-        _folder(self, "image_root")
-        _prompts(self)
+        _embedding(self)
 
 
 @dataclass
@@ -194,10 +191,7 @@ class EvalConfig:
     image_root: str = ""  # as in training
 
     def check(self) -> None:
-        _at_least(self, "batch_tokens", 1)
-        _at_least(self, "max_length", 1)
-        _folder(self, "image_root")
-        _prompts(self)
+        _embedding(self)
         tasks = [*self.pairs, *self.mmeb, *self.beir]
         if not tasks:
             raise ConfigError("expected pairs, mmeb or beir: {task: source}, got no task")
@@ -381,7 +375,10 @@ def _folder(config: Any, name: str) -> None:
         raise ConfigError(f"{name}: expected a folder, got {path}")
 
 
-def _prompts(config: Any) -> None:
+def _embedding(config: Any) -> None:
+    for name in ("batch_tokens", "max_length"):
+        _at_least(config, name, 1)
+    _folder(config, "image_root")
     for name in ("query_prompt", "document_prompt"):
         try:
             check_prompt(getattr(config, name))
