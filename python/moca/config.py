@@ -15,7 +15,7 @@ import yaml
 from moca.data.prompts import check_prompt
 
 OnError = Literal["raise", "skip"]
-# Of products; trained weights are float32 all the same. auto: bf16 where the hardware multiplies it, else fp32.
+# Of products; trained weights are float32. auto: bf16 where the hardware multiplies it, else fp32.
 Precision = Literal["auto", "fp32", "bf16"]
 
 SEEDS = 2**63  # those of torch are 64-bit integers with a sign
