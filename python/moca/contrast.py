@@ -178,8 +178,9 @@ def contrast(config: ContrastConfig) -> None:
         with accelerator.autocast():
             loss = run.trained(batch)
         accelerator.backward(loss)
-        value = float(accelerator.reduce(loss.detach(), "mean"))
-        tokens = len(batch.batch.input_ids) * accelerator.num_processes
+        sums = torch.stack([loss.detach(), loss.new_tensor(float(len(batch.batch.input_ids)))])
+        total, tokens = accelerator.reduce(sums, "sum").tolist()
+        value = total / accelerator.num_processes
         losses = {"loss": value, f"loss_{batch.task}": value}
         run.update({**losses, "temperature": objective.temperature}, tokens)
     counts = run.all_counts()

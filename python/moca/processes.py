@@ -1,4 +1,5 @@
-"""The processes of a run: those that train together, and those that prepare batches for one."""
+"""The processes of a run: those that train together, those that prepare batches for one, and what
+stops them."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import atexit
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
@@ -21,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from moca.config import RunConfig
 from moca.model import resolve_precision
 
+ECHO = 1.0  # seconds in which another signal to stop is the same one
 PATIENCE = 600  # seconds that processes may take to prepare a batch
 
 
@@ -33,6 +37,32 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     # Said outright, because without it processes on a machine of CPUs would not find each other.
     cpu = not torch.accelerator.is_available()
     return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[ddp])
+
+
+@contextmanager
+def stop_signal() -> Iterator[list[float]]:
+    """When SIGINT or SIGTERM came: a list, empty before. One more stops at once, but not within
+    `ECHO` seconds: who starts processes may send both."""
+    received: list[float] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        if received and time.monotonic() - received[0] > ECHO:
+            raise KeyboardInterrupt
+        if not received:
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        received.append(time.monotonic())
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, on_signal) for number in numbers}
+    except ValueError:  # not the main thread: signals go to the program around us
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def leave_process_group() -> None:

@@ -7,12 +7,10 @@ import errno
 import fcntl
 import json
 import math
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +41,7 @@ from moca.optim import (
     learning_rates,
     set_learning_rate,
 )
-from moca.processes import make_accelerator, peak_memory
+from moca.processes import make_accelerator, peak_memory, stop_signal
 
 CONFIG, LOG, LOCK = "config.yaml", "log.jsonl", ".lock"
 
@@ -236,7 +234,7 @@ class Run:
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        with bar, _stop_signal() as asked_to_stop:
+        with bar, stop_signal() as asked_to_stop:
             while self.step < self.config.steps:
                 self._began = time.monotonic()
                 yield self.step
@@ -365,30 +363,6 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
     if damaged:
         tqdm.write(f"{path}: {damaged} damaged line(s) left out", file=sys.stderr)
     return lines
-
-
-@contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGINT or SIGTERM came. A second one stops at once."""
-    received: list[int] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {number: signal.signal(number, on_signal) for number in numbers}
-    except ValueError:  # not the main thread: signals go to the program around us
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def seeded(*numbers: int) -> torch.Generator:

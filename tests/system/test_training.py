@@ -30,7 +30,7 @@ from moca.embed import Embedder
 from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
-from moca.processes import leave_process_group, load_batches
+from moca.processes import leave_process_group, load_batches, stop_signal
 from moca.run import (
     Diverged,
     Interrupted,
@@ -314,6 +314,17 @@ def test_processes_that_prepare_batches_outlive_a_signal(number):
         os.kill(worker.pid, number)
     found += loader
     assert [int(value) for (value,) in found] == list(range(40))
+
+
+def test_a_signal_that_comes_twice_stops_after_the_step(monkeypatch):
+    with stop_signal() as asked:
+        assert not asked
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # torchrun sends both
+        assert asked
+        monkeypatch.setattr("moca.processes.ECHO", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_program_that_fails_with_batches_under_way_ends():
