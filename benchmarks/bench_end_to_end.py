@@ -93,8 +93,7 @@ class System(Work):
         pairs = documents(self.amount, QUERIES, 1) + documents(self.amount, POSITIVES, 2)
         encoded = [self.encoder(document) for document in pairs]
         batch = pack(encoded, IMAGES.merge_size, self.encoder.image_token_id)
-        ids = torch.arange(self.amount)
-        return PairBatch("mixed", batch, self.amount, 0, ids, ids, self.encoder.counts)
+        return PairBatch("mixed", batch, [0] * self.amount, self.encoder.counts)
 
     def config(self) -> Any:
         """That of the stage, with the quickstart's settings."""
@@ -175,9 +174,9 @@ def _contrast_rows(work: System, model: MocaModel, chunks: int | None) -> Step:
     singles = split_documents(batch.batch, IMAGES)
     embed_sides = [
         padded.embedding(model, side, chunks or len(side))
-        for side in (singles[: batch.pairs], singles[batch.pairs :])
+        for side in (singles[: work.amount], singles[work.amount :])
     ]
-    target = torch.arange(batch.pairs, device=model.device)
+    target = torch.arange(work.amount, device=model.device)
 
     def losses() -> Iterator[Tensor]:
         query, document = (embed() for embed in embed_sides)

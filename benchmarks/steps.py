@@ -111,14 +111,11 @@ def training(
 
 def cpt(work: Work, model: MocaModel, masked: MaskedBatch, config: CptConfig) -> Step:
     """Stage 1 over packed documents."""
-    masked = MaskedBatch(
-        masked.batch.to(model.device),
-        *(t.to(model.device) for t in (masked.labels, masked.patches, masked.units)),
-    )
+    masked = masked.to(model.device)
     objective = pretraining(model)
 
     def losses() -> Iterator[Tensor]:
-        mlm, _, mae, _ = objective(masked)
+        mlm, mae = objective(masked)
         yield mlm + config.mae_weight * mae
 
     return training(work, model, objective, losses, len(masked.labels), config)

@@ -24,7 +24,7 @@ from moca.config import (
 
 def _cpt(config: CptConfig) -> None:
     from moca.pretrain import pretrain
-    from moca.run import leave_process_group
+    from moca.processes import leave_process_group
 
     pretrain(config)
     leave_process_group()
@@ -33,7 +33,7 @@ def _cpt(config: CptConfig) -> None:
 
 def _contrast(config: ContrastConfig) -> None:
     from moca.contrast import contrast
-    from moca.run import leave_process_group
+    from moca.processes import leave_process_group
 
     contrast(config)
     leave_process_group()

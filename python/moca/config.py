@@ -15,7 +15,7 @@ import yaml
 from moca.data.prompts import check_prompt
 
 OnError = Literal["raise", "skip"]
-# Of products; weights stay as they are. auto: bf16 where the hardware multiplies it, else fp32.
+# Of products; trained weights are float32. auto: bf16 where the hardware multiplies it, else fp32.
 Precision = Literal["auto", "fp32", "bf16"]
 
 SEEDS = 2**63  # those of torch are 64-bit integers with a sign
@@ -49,6 +49,8 @@ class RunConfig:
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     max_length: int = 1280  # tokens: stage 1 cuts what is longer in parts, stage 2 drops the rest
+    # least and most merged tokens an image is resized to, e.g. [256, 1024]; default: the model's
+    image_tokens: list[int] = field(default_factory=list)
     on_error: OnError = "raise"  # unreadable record: raise | skip (counted and reported)
     image_root: str = ""  # folder of the relative image paths in records; empty: of their file
     flip: float = 0.0  # probability that an image is mirrored left to right
@@ -77,6 +79,8 @@ class RunConfig:
         _positive(self, "lr")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        if self.image_tokens:
+            _image_tokens(self)
 
 
 @dataclass
@@ -115,8 +119,8 @@ class ContrastConfig(RunConfig):
     pairs: dict[str, str] = field(default_factory=dict)
     batch_size: int = 24  # pairs a process and step
     task_batch_sizes: dict[str, int] = field(default_factory=dict)  # where a task's differs
-    task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; default: size
-    hard_negatives: int = 2  # a query, scored only against their own query
+    task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; none: by size
+    hard_negatives: int = 2  # of a query, at most; scored only against it
     temperature: float = 0.03
     learn_temperature: bool = False
     token_dropout: float = 0.0  # probability that a text token is left out
@@ -139,6 +143,11 @@ class ContrastConfig(RunConfig):
                     _is_fraction(f"{name}.{task}", value)
                 elif value <= 0:
                     raise ConfigError(f"{name}.{task}: expected a positive number, got {value}")
+        if self.task_weights and (without := self.pairs.keys() - self.task_weights.keys()):
+            raise ConfigError(
+                f"task_weights: expected one for every task, or none at all, got none for "
+                f"{', '.join(sorted(without))}"
+            )
 
 
 @dataclass
@@ -159,10 +168,7 @@ class EmbedConfig:
     image_root: str = ""  # as in training
 
     def check(self) -> None:
-        _at_least(self, "batch_tokens", 1)
-        _at_least(self, "max_length", 1)
-        _folder(self, "image_root")
-        _prompts(self)
+        _embedding(self)
 
 
 @dataclass
@@ -185,10 +191,7 @@ class EvalConfig:
     image_root: str = ""  # as in training
 
     def check(self) -> None:
-        _at_least(self, "batch_tokens", 1)
-        _at_least(self, "max_length", 1)
-        _folder(self, "image_root")
-        _prompts(self)
+        _embedding(self)
         tasks = [*self.pairs, *self.mmeb, *self.beir]
         if not tasks:
             raise ConfigError("expected pairs, mmeb or beir: {task: source}, got no task")
@@ -350,6 +353,17 @@ def _at_least(config: Any, name: str, least: float) -> None:
         raise ConfigError(f"{name}: expected at least {least}, got {value}")
 
 
+def _image_tokens(config: RunConfig) -> None:
+    """An image stands between two tokens of its own."""
+    match config.image_tokens:
+        case [least, most] if 1 <= least <= most <= config.max_length - 2:
+            return
+    raise ConfigError(
+        "image_tokens: expected [least, most] with 1 <= least <= most <= max_length - 2 = "
+        f"{config.max_length - 2}, got {config.image_tokens}"
+    )
+
+
 def _seed(config: Any) -> None:
     _at_least(config, "seed", 0)
     if config.seed >= SEEDS:
@@ -361,7 +375,10 @@ def _folder(config: Any, name: str) -> None:
         raise ConfigError(f"{name}: expected a folder, got {path}")
 
 
-def _prompts(config: Any) -> None:
+def _embedding(config: Any) -> None:
+    for name in ("batch_tokens", "max_length"):
+        _at_least(config, name, 1)
+    _folder(config, "image_root")
     for name in ("query_prompt", "document_prompt"):
         try:
             check_prompt(getattr(config, name))

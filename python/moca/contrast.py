@@ -4,13 +4,11 @@ Every batch holds pairs of one task, on all ranks; queries, positives and hard n
 the model in one pack; positives of all ranks are each other's negatives, hard negatives are seen
 by their own query only.
 
-B pairs, K hard negatives a query, D dim.
+B pairs, K hard negatives of the query that has most of them, D dim.
 """
 
 from __future__ import annotations
 
-import math
-import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -32,11 +30,11 @@ from moca.data.packing import PackedBatch, pack
 from moca.data.records import Document, Pair
 from moca.data.sources import Check, check_images, load_pairs
 from moca.model import MocaModel
-from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.run import Run, check_output, load_batches, make_accelerator, peak_memory
+from moca.processes import load_batches
+from moca.run import Run, begin
 
-# All queries of a batch have the same number.
-FEWER = "hard negatives left out: another pair of their batch has fewer"
+# Length of what stands in the place of a hard negative that a query lacks.
+FAR = 1e6
 
 
 @dataclass
@@ -45,27 +43,18 @@ class PairBatch:
 
     Args:
         task: of all its pairs.
-        batch: B queries, then B positives, then K hard negatives of each query in turn.
-        pairs, negatives: B and K.
-        query_ids, document_ids: (B,) int64 identities of each query and positive by content.
+        batch: B queries, then B positives, then the hard negatives of each query in turn.
+        negatives: of each of the B queries, how many hard negatives it has.
         counts: what encoding cut or left out.
     """
 
     task: str
     batch: PackedBatch
-    pairs: int
-    negatives: int
-    query_ids: Tensor
-    document_ids: Tensor
+    negatives: list[int]
     counts: Counter[str]
 
     def to(self, device: torch.device) -> PairBatch:
-        return replace(
-            self,
-            batch=self.batch.to(device),
-            query_ids=self.query_ids.to(device),
-            document_ids=self.document_ids.to(device),
-        )
+        return replace(self, batch=self.batch.to(device))
 
 
 class ContrastObjective(nn.Module):
@@ -79,19 +68,44 @@ class ContrastObjective(nn.Module):
             temperature=config.temperature, learnable=config.learn_temperature
         )
 
+    @property
+    @torch.no_grad()
+    def temperature(self) -> float:
+        """What scores are divided by, as it is now."""
+        return float(self.loss.temperature)
+
     def forward(self, batch: PairBatch) -> Tensor:
         embeddings = self.model.embed(batch.batch)
-        query, document, negatives = embeddings.split(
-            [batch.pairs, batch.pairs, batch.pairs * batch.negatives]
-        )
-        hard = None
-        if batch.negatives:
-            hard = negatives.view(batch.pairs, batch.negatives, -1)
-        loss = self.loss(query, document, hard_negatives=hard, document_ids=batch.document_ids)
+        pairs = len(batch.negatives)
+        query, document, negatives = embeddings.split([pairs, pairs, sum(batch.negatives)])
+        hard = hard_negatives(query, negatives, batch.negatives)
+        loss = self.loss(query, document, hard_negatives=hard)
         if self.symmetric:
-            back = self.loss(document, query, document_ids=batch.query_ids)
-            loss = 0.5 * (loss + back)
+            loss = 0.5 * (loss + self.loss(document, query))
         return loss
+
+
+def hard_negatives(query: Tensor, negatives: Tensor, counts: list[int]) -> Tensor | None:
+    """Hard negatives by query, as many places as the query with most of them has.
+
+    A query with fewer keeps what it has. Its other places hold a vector opposite to it and so long
+    that exp(score) is 0 in float32: they add nothing to the loss and have no gradient, where a
+    negative given twice would count twice.
+
+    Args:
+        query: (B, D) float32, unit vectors.
+        negatives: (sum of counts, D) float32, those of each query in turn.
+        counts: of each query.
+
+    Returns:
+        (B, K, D) float32, K = max(counts); None where no query has any.
+    """
+    places = max(counts)
+    if not places:
+        return None
+    held = torch.arange(places) < torch.tensor(counts)[:, None]
+    absent = -FAR * query.detach()[:, None].expand(-1, places, -1)
+    return absent.masked_scatter(held[..., None].to(query.device), negatives)
 
 
 class PairBatches(Dataset):
@@ -112,13 +126,12 @@ class PairBatches(Dataset):
     def __getitem__(self, step: int) -> PairBatch:
         task, indices = self.schedule[step]
         pairs = [self.tasks[task][index] for index in indices]
-        wanted = [min(len(pair.negatives), self.config.hard_negatives) for pair in pairs]
-        negatives = min(wanted)
+        counts = [min(len(pair.negatives), self.config.hard_negatives) for pair in pairs]
         before = self.encoder.counts.copy()
         queries, positives, hard = [], [], []
-        for index, pair in zip(indices, pairs, strict=True):
+        for index, pair, count in zip(indices, pairs, counts, strict=True):
             rng = np.random.default_rng([self.config.seed, step, index])
-            chosen = rng.permutation(len(pair.negatives))[:negatives]
+            chosen = rng.permutation(len(pair.negatives))[:count]
             queries.append(self._encode(pair.query, task, rng))
             positives.append(self._encode(pair.positive, task, rng))
             hard += [self._encode(pair.negatives[number], task, rng) for number in chosen]
@@ -126,11 +139,8 @@ class PairBatches(Dataset):
         return PairBatch(
             task,
             pack(encoded, self.encoder.merge_size, self.encoder.image_token_id),
-            len(pairs),
-            negatives,
-            _identities([pair.query for pair in pairs]),
-            _identities([pair.positive for pair in pairs]),
-            self.encoder.counts - before + Counter({FEWER: sum(wanted) - negatives * len(pairs)}),
+            counts,
+            self.encoder.counts - before,
         )
 
     def _encode(self, document: Document, task: str, rng: np.random.Generator) -> Encoded:
@@ -146,55 +156,38 @@ def contrast(config: ContrastConfig) -> None:
         ConfigError: the output folder exists, nothing to resume, or a task too small for a batch.
         Interrupted: stopped by a signal; a checkpoint was written.
     """
-    checkpoint = check_output(config)
-    accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = MocaModel.from_pretrained(config.model)
-    if config.gradient_checkpointing:
-        model.vlm.gradient_checkpointing_enable()
+    checkpoint, accelerator, model = begin(config)
     objective = ContrastObjective(model, config).to(accelerator.device)
-    optimizers = build_optimizers(objective, config)
     encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
-    tasks = load_tasks(config.pairs, config.on_error, encoder.check, config.image_root)
+    check = encoder.check
+    tasks = load_tasks(
+        config.pairs, config.on_error, check, config.image_root, accelerator.process_index
+    )
     schedule = make_schedule(tasks, config, accelerator.process_index, accelerator.num_processes)
     if config.cache_images:
         tasks = {name: _preloaded(pairs, model) for name, pairs in tasks.items()}
     batches = PairBatches(tasks, schedule, encoder, config)
-    trained, *optimizers = accelerator.prepare(objective, *optimizers)
     run = Run(
-        config, accelerator, {"objective": objective}, optimizers, checkpoint,
+        config, accelerator, objective, checkpoint,
         lambda step: zlib.crc32(repr(schedule[max(0, step - 100) : step]).encode()),
     )  # fmt: skip
     loader = load_batches(batches, range(run.step, config.steps), config.workers)
-    trained.train()
-    for step in run.steps("stage 2"):
-        began = time.monotonic()
-        scale = learning_rate_scale(step, config)
-        set_learning_rate(optimizers, scale)
+    for _ in run.steps("stage 2"):
         batch = next(loader).to(accelerator.device)
         run.counts += batch.counts
         with accelerator.autocast():
-            loss = trained(batch)
+            loss = run.trained(batch)
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(trained.parameters(), config.grad_clip or math.inf)
-        value = float(accelerator.reduce(loss.detach(), "mean"))
-        run.check_finite(loss=value, gradient=float(norm))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        tokens = len(batch.batch.input_ids) * accelerator.num_processes
-        run.log({
-            "loss": value,
-            f"loss_{batch.task}": value,
-            "lr": config.lr * scale,
-            "grad_norm": float(norm),
-            "tokens_per_second": tokens / (time.monotonic() - began),
-            "memory_gib": peak_memory(accelerator.device),
-        })  # fmt: skip
+        sums = torch.stack([loss.detach(), loss.new_tensor(float(len(batch.batch.input_ids)))])
+        total, tokens = accelerator.reduce(sums, "sum").tolist()
+        value = total / accelerator.num_processes
+        losses = {"loss": value, f"loss_{batch.task}": value}
+        run.update({**losses, "temperature": objective.temperature}, tokens)
     counts = run.all_counts()
     if accelerator.is_main_process:
         for reason, count in sorted(counts.items()):
             tqdm.write(f"stage 2: {count} {reason}")
+        model.settings = replace(model.settings, temperature=objective.temperature)
         model.save_pretrained(Path(config.output) / "model")
     accelerator.wait_for_everyone()
 
@@ -204,8 +197,20 @@ def load_tasks(
     on_error: OnError,
     check: Check = check_images,
     image_root: str = "",
+    rank: int = 0,
 ) -> dict[str, list[Pair]]:
-    """Pairs by task; an empty source is an error. See `Records` for `on_error` and `check`."""
+    """Pairs by task, every one checked, so that none stops a run that has begun.
+
+    Args:
+        sources: by task.
+        on_error, check: as for `Records`; to raise, `check` is called here.
+        image_root: folder that images' paths start from; "" for that of their file.
+        rank: the first shows how far it is.
+
+    Raises:
+        ConfigError: an empty source.
+        ValueError: a bad record, unless it is to be skipped; names it.
+    """
     root = image_root or None
     tasks = {}
     for name, source in sources.items():
@@ -214,6 +219,10 @@ def load_tasks(
         )
         if not tasks[name]:
             raise ConfigError(f"pairs.{name}: {source} holds no pairs")
+        if on_error == "raise":  # to skip, loading has checked already
+            for pair in tqdm(tasks[name], f"checking {name}", unit="pair", disable=rank > 0):
+                for document in (pair.query, pair.positive, *pair.negatives):
+                    check(document)
     return tasks
 
 
@@ -269,9 +278,3 @@ def _preloaded(pairs: list[Pair], model: MocaModel) -> list[Pair]:
         )
         for pair in pairs
     ]
-
-
-def _identities(documents: Sequence[Document]) -> Tensor:
-    """(B,) int64, equal for equal content: 8 bytes of each document's key."""
-    keys = (document.key()[:8] for document in documents)
-    return torch.tensor([int.from_bytes(key, "big", signed=True) for key in keys])

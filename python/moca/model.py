@@ -149,13 +149,12 @@ class MocaModel(nn.Module):
             )  # fmt: skip
         except SafetensorError as error:
             raise ValueError(f"{directory}: its weights are damaged: {error}") from error
-        return cls(
-            vlm,
-            tokenizer,
-            image_settings,
-            bidirectional=settings.bidirectional if bidirectional is None else bidirectional,
-            pooling=settings.pooling if pooling is None else pooling,
-        )
+        if bidirectional is None:
+            bidirectional = settings.bidirectional
+        pooling = pooling or settings.pooling
+        model = cls(vlm, tokenizer, image_settings, bidirectional=bidirectional, pooling=pooling)
+        model.settings = Settings(bidirectional, pooling, settings.temperature)
+        return model
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write a directory that this class, transformers and sentence-transformers can load.

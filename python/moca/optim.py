@@ -36,12 +36,20 @@ def build_optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Op
         optimizers.append(
             torch.optim.Muon(
                 matrices,
-                lr=config.muon_lr or config.lr,
+                lr=learning_rates(config)["muon_lr"],
                 weight_decay=config.weight_decay,
                 adjust_lr_fn="match_rms_adamw",
             )
         )
     return optimizers
+
+
+def learning_rates(config: RunConfig) -> dict[str, float]:
+    """The largest rates: "lr" of AdamW and, where it trains, "muon_lr" of Muon."""
+    rates = {"lr": config.lr}
+    if config.optimizer == "muon":
+        rates["muon_lr"] = config.muon_lr or config.lr
+    return rates
 
 
 def _outer_parameters(model: nn.Module) -> set[int]:

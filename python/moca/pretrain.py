@@ -9,8 +9,6 @@ T packed tokens, D dim, N patches, P values a patch, M masked patches, V vocabul
 from __future__ import annotations
 
 import copy
-import math
-import time
 import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -27,15 +24,15 @@ from tqdm import tqdm
 
 import moca_fast
 from moca.checkpoint import write_file
-from moca.config import ConfigError, CptConfig
+from moca.config import ConfigError, CptConfig, load_config
 from moca.data.augment import ImageChanges, augment_images, preload_images
 from moca.data.encode import Encoder
 from moca.data.packing import PackedBatch, batches_by_cost, document_cost, pack
 from moca.data.records import Document
 from moca.data.sources import load_documents
 from moca.model import MocaModel
-from moca.optim import build_optimizers, learning_rate_scale, set_learning_rate
-from moca.run import Run, check_output, load_batches, make_accelerator, peak_memory, seeded
+from moca.processes import load_batches
+from moca.run import CONFIG, Run, begin, seeded
 
 IGNORE = -100
 DECODER = "mae_decoder.safetensors"
@@ -56,6 +53,18 @@ class MaskedBatch:
     labels: Tensor
     patches: Tensor
     units: Tensor
+
+    def counts(self) -> tuple[int, int, int]:
+        """Masked text tokens, masked image tokens, and tokens."""
+        return int((self.labels != IGNORE).sum()), len(self.units), len(self.labels)
+
+    def to(self, device: torch.device) -> MaskedBatch:
+        return MaskedBatch(
+            self.batch.to(device),
+            self.labels.to(device),
+            self.patches.to(device),
+            self.units.to(device),
+        )
 
 
 def mask_batch(
@@ -99,8 +108,8 @@ class PretrainObjective(nn.Module):
     """The model with its MAE decoder: a copy of the language model's middle layer and a linear
     head from each image token to its patches.
 
-    Called with a `MaskedBatch`; returns the two losses as means over what is masked in it, and
-    how much that was: (mlm (), masked tokens (), mae (), masked patches ()).
+    Called with a `MaskedBatch`; returns the two losses, of MLM and MAE, as means over what is
+    masked in it: () float32 each, 0 where nothing is.
     """
 
     def __init__(self, model: MocaModel, normalize_patches: bool = False) -> None:
@@ -116,7 +125,7 @@ class PretrainObjective(nn.Module):
         nn.init.normal_(self.patch_head.weight, std=width**-0.5)
         nn.init.zeros_(self.patch_head.bias)
 
-    def forward(self, masked: MaskedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, masked: MaskedBatch) -> tuple[Tensor, Tensor]:
         hidden = self.model.hidden_states(masked.batch)
         head = self.model.lm_head_weight
         mlm = moca_fast.linear_cross_entropy(hidden, head, masked.labels)
@@ -128,8 +137,7 @@ class PretrainObjective(nn.Module):
             )
         else:
             mae = hidden.new_zeros((), dtype=torch.float32)
-        tokens = (masked.labels != IGNORE).sum()
-        return mlm, tokens, mae, torch.tensor(len(rows), device=hidden.device)
+        return mlm, mae
 
     def reconstruct(self, hidden: Tensor, masked: MaskedBatch) -> Tensor:
         """(M, P) predicted pixels of the masked patches, from (T, D) hidden states."""
@@ -223,60 +231,40 @@ def pretrain(config: CptConfig) -> None:
         ConfigError: the output folder exists, or there is nothing to resume.
         Interrupted: stopped by a signal; a checkpoint was written.
     """
-    checkpoint = check_output(config)
-    accelerator = make_accelerator(config)
-    torch.manual_seed(config.seed)
-    model = MocaModel.from_pretrained(config.model)
-    if config.gradient_checkpointing:
-        model.vlm.gradient_checkpointing_enable()
+    checkpoint, accelerator, model = begin(config)
     objective = PretrainObjective(model, config.normalize_patches).to(accelerator.device)
-    optimizers = build_optimizers(objective, config)
     encoder = Encoder(model.tokenizer, model.image_settings)
     batches = CptBatches(
         _documents(config, model, encoder), encoder, model, config,
         accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
-    trained, *optimizers = accelerator.prepare(objective, *optimizers)
-    run = Run(
-        config, accelerator, {"objective": objective}, optimizers, checkpoint, batches.identity
-    )
+    run = Run(config, accelerator, objective, checkpoint, batches.identity)
     numbers = range(run.step * config.accumulation, config.steps * config.accumulation)
     loader = load_batches(batches, numbers, config.workers)
-    trained.train()
-    for step in run.steps("stage 1"):
-        began = time.monotonic()
-        scale = learning_rate_scale(step, config)
-        set_learning_rate(optimizers, scale)
-        logged = {"tokens": 0.0}
-        for micro in range(config.accumulation):
-            masked = _to_device(next(loader), accelerator.device)
-            last = micro == config.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(trained):
+    for _ in run.steps("stage 1"):
+        micro_batches = [next(loader) for _ in range(config.accumulation)]
+        counts = torch.tensor([masked.counts() for masked in micro_batches])  # (micro-batches, 3)
+        totals = accelerator.reduce(counts.sum(dim=0).to(accelerator.device), "sum").cpu()
+        # What makes a micro-batch's means its part of the means of the step, over all ranks; times
+        # their number, by which their gradients will be divided.
+        shares = (counts[:, :2] * accelerator.num_processes / totals[:2].clamp(min=1)).tolist()
+        losses = torch.zeros(2, device=accelerator.device)
+        for (mlm_share, mae_share), masked in zip(shares, micro_batches, strict=True):
+            last = masked is micro_batches[-1]
+            with nullcontext() if last else accelerator.no_sync(run.trained):
                 with accelerator.autocast():
-                    mlm, mlm_count, mae, mae_count = trained(masked)
-                mlm = mlm * _share(accelerator, mlm_count)
-                mae = mae * _share(accelerator, mae_count)
-                loss = (mlm + config.mae_weight * mae) / config.accumulation
-                accelerator.backward(loss)
-            logged["tokens"] += len(masked.labels) * accelerator.num_processes
-            for name, value in (("loss_mlm", mlm), ("loss_mae", mae)):
-                mean = accelerator.reduce(value.detach(), "mean") / config.accumulation
-                logged[name] = logged.get(name, 0.0) + float(mean)
-        norm = accelerator.clip_grad_norm_(trained.parameters(), config.grad_clip or math.inf)
-        value = logged["loss_mlm"] + config.mae_weight * logged["loss_mae"]
-        run.check_finite(loss=value, gradient=float(norm))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        run.log({
-            "loss": value,
-            "loss_mlm": logged["loss_mlm"],
-            "loss_mae": logged["loss_mae"],
-            "lr": config.lr * scale,
-            "grad_norm": float(norm),
-            "tokens_per_second": logged["tokens"] / (time.monotonic() - began),
-            "memory_gib": peak_memory(accelerator.device),
-        })  # fmt: skip
+                    mlm, mae = run.trained(masked.to(accelerator.device))
+                mlm, mae = mlm * mlm_share, mae * mae_share
+                accelerator.backward(mlm + config.mae_weight * mae)
+            losses += torch.stack([mlm.detach(), mae.detach()])
+        mlm_loss, mae_loss = accelerator.reduce(losses, "mean").tolist()
+        logged = {"loss": mlm_loss + config.mae_weight * mae_loss}
+        masked_text, masked_image, tokens = totals.tolist()
+        if masked_text:
+            logged["loss_mlm"] = mlm_loss
+        if masked_image:
+            logged["loss_mae"] = mae_loss
+        run.update(logged, tokens)
     if accelerator.is_main_process:
         decoder = {k: v.cpu().contiguous() for k, v in objective.decoder_state().items()}
         write_file(Path(config.output) / DECODER, lambda path: save_file(decoder, path))
@@ -285,8 +273,14 @@ def pretrain(config: CptConfig) -> None:
 
 
 def load_objective(output: str | Path) -> PretrainObjective:
-    """The model and MAE decoder that `pretrain` left in its run folder."""
-    objective = PretrainObjective(MocaModel.from_pretrained(Path(output) / "model"))
+    """The model and MAE decoder that `pretrain` left in its run folder, for the same targets.
+
+    Raises:
+        OSError, ValueError: a folder that is not of a finished run of stage 1.
+    """
+    model = MocaModel.from_pretrained(Path(output) / "model")
+    config = load_config(CptConfig, Path(output) / CONFIG)
+    objective = PretrainObjective(model, config.normalize_patches)
     decoder = load_file(Path(output) / DECODER)
     missing = set(objective.decoder_state()) ^ set(decoder)
     if missing:
@@ -306,18 +300,3 @@ def _documents(config: CptConfig, model: MocaModel, encoder: Encoder) -> list[Do
     if config.cache_images:
         documents = [preload_images(document, model.image_settings) for document in documents]
     return documents
-
-
-def _share(accelerator: Accelerator, count: Tensor) -> Tensor:
-    """What turns this rank's mean into its part of the mean over all ranks, times their number."""
-    total = accelerator.reduce(count.float(), "sum")
-    return count * accelerator.num_processes / total.clamp(min=1)
-
-
-def _to_device(masked: MaskedBatch, device: torch.device) -> MaskedBatch:
-    return MaskedBatch(
-        masked.batch.to(device),
-        masked.labels.to(device),
-        masked.patches.to(device),
-        masked.units.to(device),
-    )

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import errno
 import fcntl
 import json
 import math
-import resource
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from moca.checkpoint import (
@@ -43,10 +34,16 @@ from moca.checkpoint import (
     write_file,
 )
 from moca.config import ConfigError, RunConfig, save_config
-from moca.model import resolve_precision
+from moca.model import MocaModel
+from moca.optim import (
+    build_optimizers,
+    learning_rate_scale,
+    learning_rates,
+    set_learning_rate,
+)
+from moca.processes import make_accelerator, peak_memory, stop_signal
 
 CONFIG, LOG, LOCK = "config.yaml", "log.jsonl", ".lock"
-PATIENCE = 600  # seconds that processes may take to prepare a batch
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,21 +54,26 @@ class Diverged(RuntimeError):
     """The loss or the gradient is no longer a finite number; the weights were left as they were."""
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """The processes of this run, in the precision asked for."""
-    # A batch without images leaves the vision tower without gradients on some ranks.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    precision = resolve_precision(config.precision)
-    mixed = {"fp32": "no", "bf16": "bf16"}[precision]
-    # Said outright, because without it processes on a machine of CPUs would not find each other.
-    cpu = not torch.accelerator.is_available()
-    return Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[ddp])
+def begin(config: RunConfig) -> tuple[Path | None, Accelerator, MocaModel]:
+    """What both stages begin with: the checkpoint to go on from, the processes, and the model.
 
-
-def leave_process_group() -> None:
-    """What a process of several does last: no run can follow in it."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    Its weights are float32 whatever the checkpoint's are: a step at a usual rate is less than half
+    of what tells one bfloat16 number from the next, so that most weights would never change.
+    """
+    checkpoint = check_output(config)
+    accelerator = make_accelerator(config)
+    torch.manual_seed(config.seed)
+    model = MocaModel.from_pretrained(config.model, dtype=torch.float32)
+    if config.image_tokens:  # saved with the model, so that embedding and evaluation go by it too
+        area = model.image_settings.factor**2
+        least, most = (count * area for count in config.image_tokens)
+        settings = dataclasses.replace(model.image_settings, min_pixels=least, max_pixels=most)
+        model.image_settings = settings
+    if config.gradient_checkpointing:
+        # Its name since transformers 5.23, which warns of the earlier one.
+        name = "activation_checkpointing_enable"
+        getattr(model.vlm, name, model.vlm.gradient_checkpointing_enable)()
+    return checkpoint, accelerator, model
 
 
 def check_output(config: RunConfig) -> Path | None:
@@ -106,56 +108,22 @@ def _is_untouched(folder: Path) -> bool:
     )
 
 
-def load_batches(batches: Dataset, numbers: range, workers: int) -> Iterator[Any]:
-    """The batches of these numbers, prepared by so many processes (0: by this one).
-
-    Raises:
-        RuntimeError: none came in `PATIENCE` seconds. A process that finds no shared memory says so
-            and loses its batch, for which torch would wait for ever.
-    """
-    loader = DataLoader(
-        batches, None, sampler=numbers, num_workers=workers, worker_init_fn=_ignore_signals,
-        timeout=PATIENCE if workers else 0,
-    )  # fmt: skip
-    others = set(active_children())
-    iterator = iter(loader)
-    end = partial(_kill, set(active_children()) - others)
-    atexit.register(end)  # at exit, multiprocessing waits for them: they ignore that it says so
-    try:
-        yield from iterator
-    except RuntimeError as error:
-        if "timed out" not in str(error):
-            raise
-        raise RuntimeError(
-            f"no batch came in {PATIENCE} seconds from the {workers} processes that prepare them: "
-            "they need shared memory (/dev/shm), or more time; workers=0 needs neither"
-        ) from error
-    finally:
-        atexit.unregister(end)
-
-
-def _kill(processes: set[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches every process; only the run answers it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Run:
     """The state of one run that outlives a crash.
 
     Args:
         config: saved as config.yaml in the run folder.
         accelerator: only its main process writes.
-        modules, optimizers: what a checkpoint holds.
+        objective: what is trained; a checkpoint holds it and its optimizers.
         checkpoint: of an earlier start of the same run, or None.
         batches: of a number of steps, what tells their batches from those of another seed, number
             of records, size or number of processes; anything that JSON holds. Other records in the
             same number are not noticed.
+
+    Attributes:
+        trained: the objective, to be called for its loss; it gathers gradients over processes.
+        counts: of what happened to records in this process; the main one also holds what all
+            counted before a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of other modules or of an earlier version.
@@ -167,26 +135,28 @@ class Run:
         self,
         config: RunConfig,
         accelerator: Accelerator,
-        modules: Mapping[str, nn.Module],
-        optimizers: list[torch.optim.Optimizer],
+        objective: nn.Module,
         checkpoint: Path | None,
         batches: Callable[[int], Any],
     ) -> None:
         self.config, self.accelerator = config, accelerator
-        self.modules, self.optimizers, self.batches = modules, optimizers, batches
+        self.modules, self.batches = {"objective": objective}, batches
+        optimizers = build_optimizers(objective, config)
+        self.trained, *self.optimizers = accelerator.prepare(objective, *optimizers)
+        self.trained.train()
         self.folder = Path(config.output)
         self.step, self.seconds = 0, 0.0
-        # What this rank counted; the main one also holds what all counted before a checkpoint.
         self.counts: Counter[str] = Counter()
         self._values: dict[str, list[float]] = {}
         self._shown: dict[str, str] = {}
         self._lock = self._take_folder() if accelerator.is_main_process else None
         if checkpoint is not None:
             self._load(checkpoint)
-        self._since = time.monotonic()
+        self._since = self._began = time.monotonic()
         if accelerator.is_main_process:
             tidy(self.folder)
-            self._say_changes()
+            for change in self._changes():  # they count for the steps that follow
+                tqdm.write(f"resume: {change}")
             write_file(self.folder / CONFIG, lambda path: save_config(config, path))
             self._trim_log()
         accelerator.wait_for_everyone()
@@ -225,23 +195,26 @@ class Run:
             self.counts += Counter(state["counts"])
         if self._any_rank(main and state["batches"] != self.batches(self.step)):
             raise ConfigError(
-                f"resume: the steps of {checkpoint} were made of other batches; expected the data, "
-                "batch sizes, task weights, seed and number of processes that they were made with"
+                f"resume: the steps of {checkpoint} were made of other batches; expected the "
+                "records, batch sizes, task weights, seed, number of processes and what else says "
+                "which records there are (on_error, max_length, image_tokens) as they were then"
+                + "".join(f"; {change}" for change in self._changes())
             )
 
-    def _say_changes(self) -> None:
-        """Settings may be other than they were before; they count for the steps that follow."""
+    def _changes(self) -> list[str]:
+        """Which settings are other than they were before."""
         path = self.folder / CONFIG
         if not path.exists():
-            return
+            return []
         try:
             before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, yaml.YAMLError) as error:
-            tqdm.write(f"resume: what has changed is not known, {path} is damaged: {error}")
-            return
-        for key, value in dataclasses.asdict(self.config).items():
-            if key not in ("resume", "output") and value != before.get(key):
-                tqdm.write(f"resume: {key} is {value!r}, was {before.get(key)!r}")
+            return [f"what has changed is not known, {path} is damaged: {error}"]
+        return [
+            f"{key} is {value!r}, was {before.get(key)!r}"
+            for key, value in dataclasses.asdict(self.config).items()
+            if key not in ("resume", "output") and value != before.get(key)
+        ]
 
     def elapsed(self) -> float:
         """Seconds of training so far, earlier starts counted in."""
@@ -261,8 +234,9 @@ class Run:
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
         )
-        with bar, _stop_signal() as asked_to_stop:
+        with bar, stop_signal() as asked_to_stop:
             while self.step < self.config.steps:
+                self._began = time.monotonic()
                 yield self.step
                 self.step += 1
                 bar.update()
@@ -277,8 +251,37 @@ class Run:
                     )
                 bar.set_postfix(self._shown, refresh=False)
 
+    def update(self, values: Mapping[str, float], tokens: float) -> None:
+        """What ends a step: gradients are clipped, the optimizers make their step, it is logged.
+
+        Args:
+            values: "loss", of all processes together, and what else the log is to hold.
+            tokens: that went through the model, in all processes together.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite; the weights were left as they were.
+        """
+        config = self.config
+        norm = self.accelerator.clip_grad_norm_(
+            self.trained.parameters(), config.grad_clip or math.inf
+        )
+        self.check_finite(loss=values["loss"], gradient=float(norm))
+        scale = learning_rate_scale(self.step, config)
+        set_learning_rate(self.optimizers, scale)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.log({
+            **values,
+            **{name: rate * scale for name, rate in learning_rates(config).items()},
+            "grad_norm": float(norm),
+            "tokens_per_second": tokens / (time.monotonic() - self._began),
+            "memory_gib": peak_memory(self.accelerator.device),
+        })  # fmt: skip
+
     def log(self, values: Mapping[str, float]) -> None:
-        """Note a step's values; their means are written every `log_every` steps."""
+        """Note a step's values; every `log_every` steps their means are written, each over the
+        steps that had it, and how much was counted so far in all processes."""
         for name, value in values.items():
             self._values.setdefault(name, []).append(float(value))
         done = self.step + 1
@@ -287,8 +290,10 @@ class Run:
         means = {name: sum(seen) / len(seen) for name, seen in self._values.items()}
         self._values = {}
         self._shown = {k: f"{v:.3g}" for k, v in means.items() if k.startswith("loss")}
+        counts = self.all_counts()
         if self.accelerator.is_main_process:
-            line = {"step": done, "seconds": round(self.elapsed(), 3), **means}
+            line: dict[str, Any] = {"step": done, "seconds": round(self.elapsed(), 3), **means}
+            line |= {"counts": dict(sorted(counts.items()))} if counts else {}
             path = self.folder / LOG
             with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -360,40 +365,8 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-@contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGINT or SIGTERM came. A second one stops at once."""
-    received: list[int] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {number: signal.signal(number, on_signal) for number in numbers}
-    except ValueError:  # not the main thread: signals go to the program around us
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def seeded(*numbers: int) -> torch.Generator:
     """A generator on the CPU that depends on all the numbers (seed, step, rank, ...)."""
     generator = torch.Generator()
     generator.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, "uint64")[0] >> 1))
     return generator
-
-
-def peak_memory(device: torch.device) -> float:
-    """Largest memory so far, GiB: of the GPU in use, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -76,6 +76,8 @@ SENTENCE_TRANSFORMERS = {
         "module_output_name": "sentence_embedding",
     },
 }
+# "name" or "owner/name"; what begins with a point is a path.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 PREPROCESSOR = "preprocessor_config.json"
 # Files of a saved model that another model or another release of transformers writes.
 _FORMER = re.compile(
@@ -100,15 +102,21 @@ class Settings:
     Args:
         bidirectional: whether every token sees its whole document.
         pooling: "mean" or "last".
+        temperature: that contrastive training ended with; None before any.
 
     Raises:
-        ValueError: an unknown pooling.
+        ValueError: a value of another type, or an unknown pooling.
     """
 
     bidirectional: bool = True
     pooling: str = "mean"
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bidirectional, bool):
+            raise ValueError(f"bidirectional: expected true or false, got {self.bidirectional!r}")
+        if type(self.temperature) not in (float, int, type(None)):
+            raise ValueError(f"temperature: expected a number or null, got {self.temperature!r}")
         if self.pooling not in ("mean", "last"):
             raise ValueError(f"pooling: expected 'mean' or 'last', got {self.pooling!r}")
 
@@ -198,7 +206,10 @@ def read_directory(directory: str | os.PathLike) -> tuple[Any, ImageSettings, Se
     Raises:
         OSError, ValueError: a directory that is missing, incomplete or of another kind.
     """
-    if (path := Path(directory)).exists() and not (path / "config.json").is_file():
+    path = Path(directory)
+    if not path.exists() and not _HUB_NAME.fullmatch(os.fspath(directory)):
+        raise FileNotFoundError(f"{os.fspath(directory)}: there is no such folder")
+    if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model directory, but it has no config.json")
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     config = _read_json(directory, PREPROCESSOR)
@@ -209,11 +220,22 @@ def read_directory(directory: str | os.PathLike) -> tuple[Any, ImageSettings, Se
         raise FileNotFoundError(
             f"{os.fspath(directory)}: expected {PREPROCESSOR} or processor_config.json"
         )
-    values = _read_json(directory, SETTINGS) or {}
-    unknown = set(values) - set(asdict(Settings()))
-    if unknown:
-        raise ValueError(f"{os.fspath(directory)}/{SETTINGS}: unknown keys {sorted(unknown)}")
-    return tokenizer, ImageSettings.from_processor_config(config), Settings(**values)
+    return tokenizer, ImageSettings.from_processor_config(config), _read_settings(directory)
+
+
+def _read_settings(directory: str | os.PathLike) -> Settings:
+    values = _read_json(directory, SETTINGS)
+    if values is None:
+        return Settings()
+    where = f"{os.fspath(directory)}/{SETTINGS}"
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected names and values, got {type(values).__name__}")
+    if unknown := values.keys() - asdict(Settings()).keys():
+        raise ValueError(f"{where}: unknown keys {sorted(unknown)}")
+    try:
+        return Settings(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _read_json(directory: str | os.PathLike, name: str) -> Any:

@@ -1,11 +1,10 @@
-"""Task-aware batches: one task each, the same on all ranks, seeded and resumable."""
+"""Task-aware batches: one task each, the same on all ranks, seeded."""
 
-import itertools
-import json
 from collections import Counter
 
+import numpy as np
 import pytest
-from moca.data.batching import TaskBatches, pair_keys
+from moca.data.batching import TaskBatches, _distinct, pair_keys
 from moca.data.records import Document, Pair
 
 TASKS = ["a"] * 50 + ["b"] * 23 + ["c"] * 9
@@ -17,7 +16,6 @@ def epoch(batches):
 
 def test_one_task_a_batch_and_one_pass_an_epoch():
     batches = TaskBatches(TASKS, 4, seed=1)
-    assert len(batches) == 12 + 5 + 2
     taken = epoch(batches)
     assert len(taken) == 19
     for task, indices in taken:
@@ -47,32 +45,10 @@ def test_ranks_share_tasks_and_not_items():
         assert len(set(items)) == 9
 
 
-@pytest.mark.parametrize("stop", [0, 1, 7, 18, 19, 25])
-def test_resumes_where_it_stopped(stop):
-    def endless(batches):
-        return itertools.chain.from_iterable(itertools.repeat(batches))
-
-    reference = list(itertools.islice(endless(TaskBatches(TASKS, 4, seed=3)), 40))
-    stopped = TaskBatches(TASKS, 4, seed=3)
-    assert list(itertools.islice(endless(stopped), stop)) == reference[:stop]
-    state = json.loads(json.dumps(stopped.state_dict()))
-    resumed = TaskBatches(TASKS, 4, seed=3)
-    resumed.load_state_dict(state)
-    assert list(itertools.islice(endless(resumed), 40 - stop)) == reference[stop:]
-
-
-@pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 5}, {"tasks": TASKS[1:]}])
-def test_a_state_of_something_else_is_refused(change):
-    settings = {"tasks": TASKS, "batch_size": 4, "seed": 0}
-    state = TaskBatches(**settings).state_dict()
-    with pytest.raises(ValueError, match="cannot be continued"):
-        TaskBatches(**settings | change).load_state_dict(state)
-
-
 def test_weights_share_an_epoch():
     batches = TaskBatches(TASKS, 4, weights={"a": 1, "b": 1, "c": 2})
     taken = epoch(batches)
-    assert len(taken) == len(batches) == 19
+    assert len(taken) == 19
     counts = Counter(task for task, _ in taken)
     assert counts["c"] in (9, 10) and {counts["a"], counts["b"]} <= {4, 5}
     seen = Counter(i for task, indices in taken if task == "a" for i in indices)
@@ -103,6 +79,50 @@ def test_items_that_share_a_key_are_kept_apart(world_size):
 def test_without_conflicts_keys_change_nothing():
     keys = [(i,) for i in range(82)]
     assert epoch(TaskBatches(TASKS, 4, unique_keys=keys)) == epoch(TaskBatches(TASKS, 4))
+
+
+def one_by_one(order, size, keys):
+    """Batches of the first items left that share no key, by looking at all of them again."""
+    while True:
+        batch, taken = [], set()
+        for index in order:
+            if len(batch) < size and taken.isdisjoint(keys[index]):
+                batch.append(index)
+                taken.update(keys[index])
+        if len(batch) < size:
+            return
+        yield batch
+        order = [index for index in order if index not in batch]
+
+
+@pytest.mark.parametrize("queries, positives", [(300, 300), (40, 300), (30, 12), (9, 40), (300, 1)])
+def test_a_batch_is_of_the_first_items_left_that_share_no_key(queries, positives):
+    rng = np.random.default_rng(queries)
+    # Squared, so that some keys are far more frequent than others.
+    keys = [
+        (f"q{int(queries * q * q)}", f"p{int(positives * p * p)}") for q, p in rng.random((300, 2))
+    ]
+    order = rng.permutation(300).tolist()
+    for size in (1, 2, 7):
+        got = list(_distinct(order, size, keys))
+        assert got == list(one_by_one(order, size, keys))
+
+
+class CountedKeys(list):
+    asked = 0
+
+    def __getitem__(self, index):
+        self.asked += 1
+        return super().__getitem__(index)
+
+
+def test_the_time_of_a_pass_grows_with_its_items_alone():
+    """Also where half of them share a positive, which only one of a batch can have."""
+    keys = CountedKeys((f"q{n}", "same" if n % 2 else f"p{n}") for n in range(20_000))
+    batches = TaskBatches(["a"] * len(keys), 8, unique_keys=keys)
+    assert keys.asked < 100, "for the check, one batch is enough"
+    assert len(epoch(batches)) == 20_000 // 2 // 7
+    assert keys.asked < 4 * len(keys)
 
 
 def test_pair_keys():

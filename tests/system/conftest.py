@@ -6,6 +6,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import tiny
 import torch
 from moca.data.images import ImageSettings
 from moca.model import MocaModel, build_model, tiny_config
@@ -71,3 +72,11 @@ def pictures() -> list[PIL.Image.Image]:
         image = PIL.Image.fromarray(coarse.numpy())
         images.append(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
     return images
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> dict[str, str]:
+    """Paths of the miniature model and of its corpora, for training."""
+    folder = tmp_path_factory.mktemp("data")
+    paths = {name: str(path) for name, path in tiny.write_data(folder).items()}
+    return {**paths, "model": str(tiny.write_model(folder / "model"))}

@@ -97,6 +97,11 @@ def test_saved_config_reads_back(tmp_path):
         ({"seed": -1}, "seed: expected at least 0, got -1"),
         ({"lr": 0.0}, "lr: expected more than 0"),
         ({"betas": [0.9]}, "betas: expected two numbers"),
+        ({"image_tokens": [256]}, r"image_tokens: expected \[least, most\] .* got \[256\]"),
+        ({"image_tokens": [0, 9]}, r"image_tokens: .* 1 <= least <= most .*, got \[0, 9\]"),
+        ({"image_tokens": [9, 8]}, r"image_tokens: .* 1 <= least <= most .*, got \[9, 8\]"),
+        ({"image_tokens": [256, 1024], "max_length": 1000}, "most <= max_length - 2 = 998, got"),
+        ({"image_tokens": [1.5, 2]}, r"image_tokens\[0\]: expected int, got 1.5"),
         ({"documents": []}, "documents: expected at least one source"),
         ({"documents": 3}, "documents: expected list"),
     ],
@@ -117,6 +122,13 @@ def test_task_of_weights_must_exist():
         ConfigError, match=r"task_weights: no such task 'emojy'; did you mean 'emoji'"
     ):
         from_dict(ContrastConfig, values)
+
+
+def test_weights_are_of_every_task_or_of_none():
+    values = {"model": "m", "output": "o", "pairs": {"a": "a", "b": "b", "c": "c"}}
+    with pytest.raises(ConfigError, match=r"task_weights: .* every task, .* got none for b, c"):
+        from_dict(ContrastConfig, {**values, "task_weights": {"a": 1}})
+    assert from_dict(ContrastConfig, {**values, "task_weights": {"a": 1, "b": 1, "c": 2}})
 
 
 def test_dropout_of_a_task_is_a_probability():

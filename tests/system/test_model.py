@@ -198,6 +198,29 @@ def test_settings_that_do_not_fit_are_refused(tiny_model, tiny_tokenizer):
         Settings(pooling="max")
 
 
+@pytest.mark.parametrize("place", ["./nothere", "no/such/folder", "~/nothere", "/nothere"])
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(place):
+    with pytest.raises(FileNotFoundError, match=f"{place}: there is no such folder"):
+        MocaModel.from_pretrained(place)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"bidirectional": "false"}', "moca.json: bidirectional: expected true or false, got 'f"),
+        ('{"temperature": "warm"}', "moca.json: temperature: expected a number or null, got 'warm"),
+        ('{"pooling": 3}', "moca.json: pooling: expected 'mean' or 'last', got 3"),
+        ('{"pool": "mean"}', r"moca.json: unknown keys \['pool'\]"),
+        ("[1]", "moca.json: expected names and values, got list"),
+    ],
+)
+def test_settings_of_another_type_are_refused(tiny_model, tmp_path, text, message):
+    tiny_model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "moca.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        MocaModel.from_pretrained(tmp_path / "model")
+
+
 def test_weights_that_are_not_finite_are_told(tiny_model, tmp_path):
     with torch.no_grad():
         tiny_model.language_model.layers[1].mlp.up_proj.weight[3] = float("nan")

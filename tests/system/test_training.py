@@ -21,60 +21,25 @@ import pytest
 import tiny
 import torch
 from moca.checkpoint import CheckpointError, checkpoints
-from moca.config import ConfigError, ContrastConfig, CptConfig, from_dict
-from moca.contrast import FEWER, PairBatches, contrast, load_tasks
+from moca.config import ConfigError
+from moca.contrast import PairBatches, contrast, load_tasks
 from moca.data.encode import Encoder
 from moca.data.packing import pack
-from moca.data.records import IMAGE_MARKER, Document, Pair
+from moca.data.records import IMAGE_MARKER, Document
 from moca.embed import Embedder
 from moca.model import MocaModel
 from moca.optim import build_optimizers, set_learning_rate
 from moca.pretrain import load_objective, mask_batch, patch_rows, pretrain
+from moca.processes import leave_process_group, load_batches, stop_signal
 from moca.run import (
     Diverged,
     Interrupted,
     Run,
-    leave_process_group,
-    load_batches,
     read_log,
     seeded,
 )
 from safetensors.torch import load_file
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("data")
-    paths = {name: str(path) for name, path in tiny.write_data(folder).items()}
-    return {**paths, "model": str(tiny.write_model(folder / "model"))}
-
-
-def cpt_config(data, output, **values) -> CptConfig:
-    base = {
-        "model": data["model"], "output": str(output), "documents": [data["documents"]],
-        "steps": 4, "optimizer": "muon", "lr": 3e-3, "batch_cost": 400, "log_every": 1,
-        "save_every": 2, "precision": "fp32", "mae_weight": 1.0, "max_length": 128,
-    }  # fmt: skip
-    return from_dict(CptConfig, {**base, **values})
-
-
-def contrast_config(data, output, **values) -> ContrastConfig:
-    base = {
-        "model": data["model"], "output": str(output),
-        "pairs": {"pictures": data["pictures"], "words": data["words"]},
-        "steps": 4, "optimizer": "muon", "lr": 3e-3, "batch_size": 8, "log_every": 1,
-        "save_every": 2, "precision": "fp32", "temperature": 0.05,
-    }  # fmt: skip
-    return from_dict(ContrastConfig, {**base, **values})
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+from tiny import contrast_config, cpt_config, same_weights
 
 
 @contextmanager
@@ -288,16 +253,6 @@ def test_values_and_counts_outlive_a_start(data, tmp_path):
     assert whole == parts and whole["documents truncated"] > 0
 
 
-def test_hard_negatives_left_out_are_counted(data):
-    model = MocaModel.from_pretrained(data["model"])
-    encoder = Encoder(model.tokenizer, model.image_settings, 64)
-    text = [Document.of([f"number {n}"]) for n in range(8)]
-    pairs = [Pair(text[0], text[1], (text[2], text[3])), Pair(text[4], text[5], (text[6],))]
-    config = from_dict(ContrastConfig, {"model": "m", "output": "o", "pairs": {"a": "a.jsonl"}})
-    batch = PairBatches({"a": pairs}, [("a", [0, 1])], encoder, config)[0]
-    assert batch.negatives == 1 and batch.counts == {FEWER: 1}
-
-
 def test_a_batch_of_one_pair_needs_hard_negatives(data, tmp_path):
     with pytest.raises(ConfigError, match="batch_size: expected 2 or more for task 'pictures'"):
         contrast(contrast_config(data, tmp_path / "run", task_batch_sizes={"pictures": 1}))
@@ -361,10 +316,21 @@ def test_processes_that_prepare_batches_outlive_a_signal(number):
     assert [int(value) for (value,) in found] == list(range(40))
 
 
+def test_a_signal_that_comes_twice_stops_after_the_step(monkeypatch):
+    with stop_signal() as asked:
+        assert not asked
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # torchrun sends both
+        assert asked
+        monkeypatch.setattr("moca.processes.ECHO", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_program_that_fails_with_batches_under_way_ends():
     """What multiprocessing sends the others at exit is the signal that they ignore."""
     code = (
-        "import torch; from moca.run import load_batches\n"
+        "import torch; from moca.processes import load_batches\n"
         "data = torch.utils.data.TensorDataset(torch.arange(40))\n"
         "def run():\n"
         "    batches = load_batches(data, range(40), workers=2)\n"
@@ -382,7 +348,7 @@ class Slow(torch.utils.data.Dataset):
 
 
 def test_a_batch_that_never_comes_is_told(monkeypatch):
-    monkeypatch.setattr("moca.run.PATIENCE", 10)  # a slow machine gives 0 by then
+    monkeypatch.setattr("moca.processes.PATIENCE", 10)  # a slow machine gives 0 by then
     batches = load_batches(Slow(), range(2), workers=1)
     assert next(batches) == 0
     with pytest.raises(RuntimeError, match=r"no batch came in 10 seconds .* workers=0"):
@@ -505,39 +471,6 @@ def test_a_process_leaves_its_group_once():
     leave_process_group()
     assert not torch.distributed.is_initialized()
     leave_process_group()
-
-
-@pytest.mark.parametrize("stage", ["cpt", "contrast"])
-def test_two_processes_equal_one(data, tmp_path, stage):
-    """Two gloo processes with half the pairs each make the steps of one process with all."""
-    make = {"cpt": cpt_config, "contrast": contrast_config}[stage]
-    values = {"steps": 3, "optimizer": "adamw", "grad_clip": 0.0}
-    if stage == "contrast":
-        values |= {"batch_size": 4}
-    else:
-        values |= {"accumulation": 1}
-    config = dataclasses.asdict(make(data, tmp_path / "two", **values))
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "moca",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        launch + command(stage, config, tmp_path)[3:],
-        capture_output=True, text=True, env=environment, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    values |= {"batch_size": 8} if stage == "contrast" else {"accumulation": 2}
-    train = {"cpt": pretrain, "contrast": contrast}[stage]
-    train(make(data, tmp_path / "one", **values))
-    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
-    assert len(losses[0]) == len(losses[1]) == 3
-    assert np.isfinite(losses).all()
-    if stage == "contrast":  # stage 1 draws its noise by micro-batch, which two processes share out
-        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
-        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-        moved = max(float((one[name] - two[name]).abs().mean()) for name in one)
-        assert moved < 0.02 * 3 * 3e-3, "of the three steps of lr 3e-3 at most a fiftieth differs"
 
 
 class TestMasking:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
+from moca.config import ContrastConfig, CptConfig, from_dict
 from moca.data.images import ImageSettings
 from moca.data.records import IMAGE_MARKER
 from moca.model import build_model, tiny_config
 from moca.saving import build_tokenizer
+from safetensors.torch import load_file
 
 IMAGES = ImageSettings(patch_size=4, merge_size=2, min_pixels=64, max_pixels=512)
 COLOURS = {
@@ -75,3 +78,34 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     )  # fmt: skip
     build_model(config, tokenizer, IMAGES, seed=seed).save_pretrained(folder)
     return folder
+
+
+def cpt_config(data: dict[str, str], output: Path, **values) -> CptConfig:
+    """Four steps of stage 1 on what the fixture `data` gives."""
+    base = {
+        "model": data["model"], "output": str(output), "documents": [data["documents"]],
+        "steps": 4, "optimizer": "muon", "lr": 3e-3, "batch_cost": 400, "log_every": 1,
+        "save_every": 2, "precision": "fp32", "mae_weight": 1.0, "max_length": 128,
+    }  # fmt: skip
+    return from_dict(CptConfig, {**base, **values})
+
+
+def contrast_config(data: dict[str, str], output: Path, **values) -> ContrastConfig:
+    """Four steps of stage 2 on what the fixture `data` gives."""
+    base = {
+        "model": data["model"], "output": str(output),
+        "pairs": {"pictures": data["pictures"], "words": data["words"]},
+        "steps": 4, "optimizer": "muon", "lr": 3e-3, "batch_size": 8, "log_every": 1,
+        "save_every": 2, "precision": "fp32", "temperature": 0.05,
+    }  # fmt: skip
+    return from_dict(ContrastConfig, {**base, **values})
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Those of the model that a run left."""
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)

@@ -6,9 +6,9 @@ All ranks draw the same task at the same step and get disjoint parts of one glob
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ def pair_keys(pair: Pair) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
 class TaskBatches:
     """Batches of indices, each from one task.
 
-    Iterating yields ``(task, indices)`` for the rest of the current epoch, then moves on to the
-    next; iterate again for that one. Every rank yields the same tasks and the same number of
-    batches. Within an epoch an item comes at most once, unless weights ask a task for more batches
-    than it has; what does not fill a batch of all ranks is left for another epoch.
+    Iterating yields ``(task, indices)`` for one epoch; iterate again for the next. Every rank
+    yields the same tasks and the same number of batches. Within an epoch an item comes at most
+    once, unless weights ask a task for more batches than it has; what does not fill a batch of all
+    ranks is left for another epoch.
 
     Args:
         tasks: the task of each item.
@@ -68,47 +68,17 @@ class TaskBatches:
         self.members = dict(sorted(self.members.items()))
         self.sizes = _per_task(batch_size, self.members, "batch_size")
         self.weights = None if weights is None else _per_task(weights, self.members, "weights")
-        self.keys = unique_keys
+        self.keys = unique_keys or [()] * len(tasks)
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.epoch = self.step = 0
-        self._cached: tuple[int, list[tuple[str, list[int]]]] = (-1, [])
+        self.epoch = 0
         for task in self.members:
             self._check(task)
 
-    def __len__(self) -> int:
-        """Batches of the current epoch, those already taken included."""
-        return len(self._plan(self.epoch))
-
     def __iter__(self) -> Iterator[tuple[str, list[int]]]:
         plan = self._plan(self.epoch)
-        while self.step < len(plan):
-            task, indices = plan[self.step]
-            # Counted before it is handed out: a state saved while it is used resumes after it.
-            self.step += 1
+        self.epoch += 1
+        for task, indices in plan:
             yield task, indices[self.rank :: self.world_size]
-        self.epoch, self.step = self.epoch + 1, 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the iteration stands: plain numbers."""
-        return {"epoch": self.epoch, "step": self.step, "identity": self._identity()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the last batch handed out before `state_dict`; any rank's state will do.
-
-        Raises:
-            ValueError: the state is of other items, batch sizes, weights, seed or number of ranks.
-        """
-        if state["identity"] != self._identity():
-            raise ValueError(
-                "the saved position belongs to other data, batch sizes, weights, seed or number of "
-                "processes; it cannot be continued here"
-            )
-        self.epoch, self.step = int(state["epoch"]), int(state["step"])
-
-    def _identity(self) -> int:
-        counts = {task: len(items) for task, items in self.members.items()}
-        described = (counts, self.sizes, self.weights, self.seed, self.world_size)
-        return zlib.crc32(repr(described).encode())
 
     def _check(self, task: str) -> None:
         size = self.sizes[task] * self.world_size
@@ -118,7 +88,7 @@ class TaskBatches:
                 f"task {task!r} has {have} items, fewer than a batch of {self.sizes[task]} on each "
                 f"of {self.world_size} process(es)"
             )
-        if not self._pass(task, np.random.default_rng(self.seed)):
+        if next(self._pass(task, np.random.default_rng(self.seed)), None) is None:
             raise ValueError(
                 f"task {task!r} has too many items with the same query or positive to fill a batch "
                 f"of {size} without repeating one"
@@ -126,58 +96,61 @@ class TaskBatches:
 
     def _plan(self, epoch: int) -> list[tuple[str, list[int]]]:
         """All batches of an epoch, each over all ranks, in order."""
-        if self._cached[0] != epoch:
-            self._cached = (epoch, self._make_plan(epoch))
-        return self._cached[1]
-
-    def _make_plan(self, epoch: int) -> list[tuple[str, list[int]]]:
         streams = {
             task: np.random.default_rng((self.seed, epoch, number))
             for number, task in enumerate(self.members)
         }
-        passes = {task: self._pass(task, rng) for task, rng in streams.items()}
+        passes = {task: list(self._pass(task, rng)) for task, rng in streams.items()}
         if self.weights is not None:
             total = sum(len(batches) for batches in passes.values())
             for task, wanted in _shares(self.weights, total).items():
-                while len(passes[task]) < wanted and (more := self._pass(task, streams[task])):
+                while len(passes[task]) < wanted and (more := [*self._pass(task, streams[task])]):
                     passes[task] += more
                 passes[task] = passes[task][:wanted]
         plan = [(task, batch) for task, batches in passes.items() for batch in batches]
         order = np.random.default_rng((self.seed, epoch, len(streams))).permutation(len(plan))
         return [plan[i] for i in order]
 
-    def _pass(self, task: str, rng: np.random.Generator) -> list[list[int]]:
+    def _pass(self, task: str, rng: np.random.Generator) -> Iterator[list[int]]:
         """One shuffled pass over a task, in full batches over all ranks."""
         size = self.sizes[task] * self.world_size
-        order = rng.permutation(self.members[task]).tolist()
-        if self.keys is None:
-            return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
-        batches = []
-        while len(order) >= size:
-            batch, rest = _take(order, size, self.keys)
-            if len(batch) < size:
-                break
-            batches.append(batch)
-            order = rest
-        return batches
+        return _distinct(rng.permutation(self.members[task]).tolist(), size, self.keys)
 
 
-def _take(
+def _distinct(
     order: list[int], size: int, keys: Sequence[Sequence[Hashable]]
-) -> tuple[list[int], list[int]]:
-    """The first items that share no key, and those that remain, in their order."""
-    taken: set[Hashable] = set()
+) -> Iterator[list[int]]:
+    """Full batches, each of the first items left that share no key.
+
+    An item that shares one with the batch waits behind that key, and of those who wait behind a key
+    only the first is looked at again: the time does not grow with how many share it.
+    """
+    waiting: dict[Hashable, list[int]] = defaultdict(list)  # places in `order` behind a key: heaps
+    again: list[tuple[int, Hashable]] = []  # heap of the first behind each key that is free
+    fresh = iter(range(len(order)))
     batch: list[int] = []
-    passed: list[int] = []
-    for place, index in enumerate(order):
-        if len(batch) == size:
-            return batch, passed + order[place:]
-        if taken.isdisjoint(keys[index]):
-            batch.append(index)
-            taken.update(keys[index])
+    taken: set[Hashable] = set()
+
+    def release(key: Hashable) -> None:
+        if key not in taken and waiting[key]:
+            heappush(again, (heappop(waiting[key]), key))
+
+    while True:
+        place, behind = heappop(again) if again else (next(fresh, None), None)
+        if place is None:
+            return
+        own = keys[order[place]]
+        if taken.isdisjoint(own):
+            batch.append(order[place])
+            taken.update(own)
         else:
-            passed.append(index)
-    return batch, passed
+            heappush(waiting[next(key for key in own if key in taken)], place)
+            release(behind)
+        if len(batch) == size:
+            yield batch
+            batch, done, taken = [], taken, set()
+            for key in done:
+                release(key)
 
 
 def _per_task(value: Any, members: Mapping[str, list[int]], name: str) -> dict[str, Any]:

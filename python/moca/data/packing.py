@@ -8,7 +8,8 @@ and width together; an image spreads over height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,18 +50,14 @@ class PackedBatch:
         """B, the number of documents."""
         return len(self.cu_seqlens) - 1
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+    def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory, from where it moves to a GPU in the background."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function) -> PackedBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{key: function(value) for key, value in tensors.items()})
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 def mrope_positions(
@@ -150,24 +147,17 @@ def document_cost(tokens: int, image_tokens: int) -> int:
 
 
 def batches_by_cost(
-    lengths: Sequence[int],
-    budget: int,
-    *,
-    seed: int | None = None,
-    bucket: int = BUCKET,
-    max_documents: int | None = None,
+    lengths: Sequence[int], budget: int, *, seed: int | None = None
 ) -> list[list[int]]:
     """Group documents into batches whose costs sum to at most a budget.
 
-    Documents are shuffled (with a seed), sorted by cost within buckets, so that a batch holds
+    Documents are shuffled (with a seed), sorted by cost `BUCKET` at a time, so that a batch holds
     documents of similar cost, and taken greedily; then the batches are shuffled.
 
     Args:
         lengths: each document's cost, in tokens or as `document_cost`.
         budget: most cost of a batch.
-        seed: of the shuffling; None keeps the order of the buckets and of the batches.
-        bucket: documents sorted together.
-        max_documents: most documents of a batch; None for no limit.
+        seed: of the shuffling; None keeps the order of the documents and of the batches.
 
     Returns:
         Indices, every document once.
@@ -182,20 +172,18 @@ def batches_by_cost(
             f"document {worst} costs {costs[worst]}, above the budget of {budget}: split it first"
         )
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(costs)) if seed is not None else np.arange(len(costs))
+    order = np.arange(len(costs)) if seed is None else rng.permutation(len(costs))
     batches: list[list[int]] = []
-    for begin in range(0, len(order), bucket):
-        part = order[begin : begin + bucket]
+    for begin in range(0, len(order), BUCKET):
+        part = order[begin : begin + BUCKET]
         batch: list[int] = []
         room = budget
         for index in part[np.argsort(-costs[part], kind="stable")].tolist():
-            if batch and (costs[index] > room or len(batch) == max_documents):
+            if batch and costs[index] > room:
                 batches.append(batch)
                 batch, room = [], budget
             batch.append(index)
             room -= int(costs[index])
         if batch:
             batches.append(batch)
-    if seed is not None:
-        batches = [batches[i] for i in rng.permutation(len(batches))]
-    return batches
+    return batches if seed is None else [batches[i] for i in rng.permutation(len(batches))]
