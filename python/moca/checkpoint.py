@@ -5,6 +5,8 @@ manifest with the size and SHA-256 of every file. It is written beside its place
 it, so it is there whole or not at all. Nothing in it is ever unpickled.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,11 +16,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from moca.config import ConfigError
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"checkpoint-(\d{8})$")
@@ -54,6 +59,55 @@ def check_place(path: Path) -> None:
             f"{path} cannot be made: expected a folder that can be written to, but {parent}: "
             f"{error.strerror}"
         ) from None
+
+
+def take_lock(lock: Path, output: Path) -> IO:
+    """Keep other processes from writing `output` until the file that is returned is closed.
+
+    Raises:
+        ConfigError: another process keeps this one from it.
+    """
+    file = lock.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            busy = f"output: another process writes to {output}"
+            raise ConfigError(f"{busy}: wait for it, or give another place") from None
+        tqdm.write(f"{output} is not kept from other writers: {error.strerror}")  # without locks
+    return file
+
+
+@contextmanager
+def new_output(path: Path, kind: str) -> Iterator[None]:
+    """Keep other processes from a file or folder that the block is to make.
+
+    Args:
+        path: of the file or folder to come.
+        kind: "file" or "folder".
+
+    Raises:
+        ConfigError: it exists, cannot be made, or another process makes it.
+    """
+    _check_new(path, kind)
+    try:
+        check_place(path)
+    except OSError as error:
+        raise ConfigError(f"output: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    with take_lock(lock, path):
+        try:
+            _check_new(path, kind)  # another process may have ended since
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _check_new(path: Path, kind: str) -> None:
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"output: {path} exists; give another {kind}")
 
 
 @contextmanager

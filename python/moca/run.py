@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import fcntl
 import json
 import math
 import sys
@@ -30,6 +28,7 @@ from moca.checkpoint import (
     load_checkpoint,
     naming,
     save_checkpoint,
+    take_lock,
     tidy,
     write_file,
 )
@@ -164,15 +163,7 @@ class Run:
     def _take_folder(self) -> IO:
         """Make the folder, and keep other processes from writing to it while the lock is held."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / LOCK).open("w")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                tqdm.write(f"{self.folder} is not kept from other writers: {error.strerror}")
-                return lock
-            busy = f"output: another process writes to {self.folder}"
-            raise ConfigError(f"{busy}: wait for it, or give another folder") from None
+        lock = take_lock(self.folder / LOCK, self.folder)
         if not self.config.resume and not _is_untouched(self.folder):
             raise ConfigError(f"output: another process has written to {self.folder} since")
         return lock
