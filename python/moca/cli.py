@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from moca.config import (
     ConfigError,
@@ -20,6 +22,7 @@ from moca.config import (
     QuickstartConfig,
     load_config,
 )
+from moca.console import printable_lines, say, show_warnings_printable
 
 
 def _cpt(config: CptConfig) -> None:
@@ -28,7 +31,7 @@ def _cpt(config: CptConfig) -> None:
 
     pretrain(config)
     leave_process_group()
-    print(f"model: {config.output}/model")
+    say(f"model: {config.output}/model")
 
 
 def _contrast(config: ContrastConfig) -> None:
@@ -37,27 +40,27 @@ def _contrast(config: ContrastConfig) -> None:
 
     contrast(config)
     leave_process_group()
-    print(f"model: {config.output}/model")
+    say(f"model: {config.output}/model")
 
 
 def _embed(config: EmbedConfig) -> None:
     from moca.embed import build_index
 
     count = build_index(config)
-    print(f'{count} documents in {config.output}; try: moca search {config.output} "your query"')
+    say(f'{count} documents in {config.output}; try: moca search {config.output} "your query"')
 
 
 def _eval(config: EvalConfig) -> None:
     from moca.retrieval import evaluate_model, format_table
 
-    print(format_table(evaluate_model(config)))
+    say(format_table(evaluate_model(config)))
 
 
 def _quickstart(config: QuickstartConfig) -> None:
     from moca.quickstart.run import quickstart
 
     report = quickstart(config)
-    print(f"report: {report}")
+    say(f"report: {report}")
 
 
 COMMANDS: dict[str, tuple[type, Callable, str]] = {
@@ -83,14 +86,16 @@ def _parser() -> argparse.ArgumentParser:
         )
     find = commands.add_parser("search", help="the best hits of an index for a query")
     find.add_argument("index", help="a folder written by `moca embed`")
-    find.add_argument("query", help="what to look for")
+    find.add_argument("query", help="what to look for: words, or the path of a picture")
     find.add_argument("-k", type=int, default=5, help="how many hits (default 5)")
+    find.add_argument("--model", help="where the index's model lies now, if it has been moved")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (130 after Ctrl-C, 2 for a bad configuration)."""
     parsed = _parser().parse_args(arguments)
+    show_warnings_printable()
     try:
         if parsed.command == "search":
             return _search(parsed)
@@ -103,14 +108,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moca: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ConfigError, ValueError, OSError, RuntimeError) as error:
-        print(f"moca {parsed.command}: {error}", file=sys.stderr)
+        print(printable_lines(f"moca {parsed.command}: {error}"), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
 def _search(parsed: argparse.Namespace) -> int:
+    from moca.data.sources import picture_suffixes
     from moca.embed import search
 
-    for hit in search(parsed.index, parsed.query, parsed.k):
-        print(f"{hit.score:6.3f}  {hit.name}\n        {hit.text}")
+    query: str | Path = parsed.query
+    # Not Path.is_file, which refuses names that are too long for a file.
+    if os.path.isfile(query) and Path(query).suffix.lower() in picture_suffixes():
+        query = Path(query)
+        print(f"the query is the picture {printable_lines(parsed.query)}", file=sys.stderr)
+    for hit in search(parsed.index, query, parsed.k, parsed.model):
+        say(f"{hit.score:6.3f}  {hit.name}\n        {hit.text}")
     return 0

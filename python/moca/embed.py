@@ -19,21 +19,22 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from moca.checkpoint import check_place, replacing
+from moca.checkpoint import new_output, replacing
 from moca.config import ConfigError, EmbedConfig
+from moca.console import printable
 from moca.data.encode import Encoded, Encoder
 from moca.data.packing import batches_by_cost, pack
 from moca.data.prompts import prompted
 from moca.data.records import IMAGE_MARKER, Document
-from moca.data.sources import load_documents
+from moca.data.sources import Check, load_documents
 from moca.model import MocaModel, resolve_precision
-from moca.saving import weights_digest
+from moca.saving import model_digest, read_directory
 
 EMBEDDINGS, INDEX = "embeddings.parquet", "index.json"
 # What index.json holds at the least; beside it stand the source and what was cut.
 ABOUT = {
     "model": str,
-    "weights": str,  # SHA-256: vectors of one model say nothing to another
+    "model_digest": str,  # vectors of one model say nothing to another
     "documents": int,
     "dimension": int,
     "max_length": int,
@@ -157,10 +158,6 @@ class Embedder:
                     bar.update(len(rows))
         return result
 
-    def check(self, document: Document) -> None:
-        """Raise the ValueError that encoding a document would raise, but for the model's part."""
-        self.encoder.check(document)
-
     def _document(self, item: Any, prompt: str, number: int) -> Document:
         document = Document.of(item, f"item {number}")
         if document.empty:
@@ -177,29 +174,21 @@ class Embedder:
 
 @dataclass(frozen=True)
 class Hit:
-    """A found document: cosine similarity, its name, and the beginning of its text."""
+    """A found document: cosine similarity, its name, and the beginning of its text; both printable,
+    in one line."""
 
     score: float
     name: str
     text: str
 
 
-def check_new_output(path: Path, kind: str) -> None:
-    """Refuse an output that exists or cannot be made, before any work is put into it.
+def checker(model: str | PathLike, max_length: int) -> Check:
+    """What raises the ValueError that embedding a document would raise, but for the model's part.
 
-    Args:
-        path: of the file or folder to come.
-        kind: "file" or "folder".
-
-    Raises:
-        ConfigError: says which.
+    Needs none of the model's weights, so that sources are read before they are loaded.
     """
-    if path.exists() or path.is_symlink():
-        raise ConfigError(f"output: {path} exists; give another {kind}")
-    try:
-        check_place(path)
-    except OSError as error:
-        raise ConfigError(f"output: {error}") from None
+    tokenizer, image_settings, _ = read_directory(model)
+    return Encoder(tokenizer, image_settings, max_length).check
 
 
 def build_index(config: EmbedConfig) -> int:
@@ -208,59 +197,70 @@ def build_index(config: EmbedConfig) -> int:
     The folder holds embeddings.parquet (name, text, images, embedding) and index.json (the model).
 
     Raises:
-        ConfigError: the folder exists or cannot be made, or the source holds no documents.
+        ConfigError: the folder exists, cannot be made or is being made by another process, or the
+            source holds no documents.
     """
     output = Path(config.output)
-    check_new_output(output, "folder")
-    embedder = Embedder.from_pretrained(
-        config.model,
-        max_length=config.max_length,
-        batch_tokens=config.batch_tokens,
-        precision=config.precision,
-    )
-    documents = list(load_documents(
-        config.source,
-        image_root=config.image_root or None,
-        on_error=config.on_error,
-        check=embedder.check,
-    ))  # fmt: skip
-    if not documents:
-        raise ConfigError(f"source: {config.source} holds no documents")
-    weights = weights_digest(config.model)
-    embeddings = embedder.encode(documents, prompt=config.document_prompt, progress=True)
-    dimension = embeddings.shape[1]
-    table = pa.table({
-        "name": [_printable(document.name) for document in documents],
-        "text": [document.text for document in documents],
-        "images": pa.array([_image_names(document) for document in documents],
-                           pa.list_(pa.string())),
-        "embedding": pa.FixedSizeListArray.from_arrays(embeddings.ravel(), dimension),
-    })  # fmt: skip
-    with replacing(output) as folder:
-        pq.write_table(table, folder / EMBEDDINGS)
+    with new_output(output, "folder"):
+        documents = list(load_documents(
+            config.source,
+            image_root=config.image_root or None,
+            on_error=config.on_error,
+            check=checker(config.model, config.max_length),
+        ))  # fmt: skip
+        if not documents:
+            raise ConfigError(f"source: {config.source} holds no documents")
+        embedder = Embedder.from_pretrained(
+            config.model,
+            max_length=config.max_length,
+            batch_tokens=config.batch_tokens,
+            precision=config.precision,
+        )
+        digest = model_digest(config.model)
+        embeddings = embedder.encode(documents, prompt=config.document_prompt, progress=True)
         about = {"model": str(Path(config.model).resolve()) if Path(config.model).exists()
-                 else config.model, "weights": weights, "source": config.source,
-                 "documents": len(documents), "dimension": dimension,
+                 else config.model, "model_digest": digest, "source": config.source,
+                 "documents": len(documents), "dimension": embedder.dimension,
                  "max_length": config.max_length, "precision": config.precision,
                  "document_prompt": config.document_prompt, "query_prompt": config.query_prompt,
                  **embedder.counts}  # fmt: skip
-        (folder / INDEX).write_text(json.dumps(about, indent=1), encoding="utf-8")
+        with replacing(output) as folder:
+            pq.write_table(_table(documents, embeddings), folder / EMBEDDINGS)
+            (folder / INDEX).write_text(json.dumps(about, indent=1), encoding="utf-8")
     for reason, count in embedder.counts.items():
         tqdm.write(f"{count} {reason} at max_length {config.max_length}")
     return len(documents)
 
 
-def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
+def _table(documents: list[Document], embeddings: np.ndarray) -> pa.Table:
+    return pa.table({
+        "name": [printable(document.name) for document in documents],
+        "text": [document.text for document in documents],
+        "images": pa.array([_image_names(document) for document in documents],
+                           pa.list_(pa.string())),
+        "embedding": pa.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1]),
+    })  # fmt: skip
+
+
+def search(
+    folder: str | PathLike, query: Any, k: int = 5, model: str | PathLike | None = None
+) -> list[Hit]:
     """The `k` documents of an index nearest to a query, best first.
 
     The query has the `query_prompt` that the index was made with around it.
     Says on stderr if the query was cut to the max_length of the index.
 
+    Args:
+        folder: written by `build_index`.
+        query: text, or any other item that `Embedder.encode` takes, such as the path of an image.
+        k: the number of hits.
+        model: where the model of the index lies now, if it has been moved.
+
     Raises:
         ConfigError: the folder is no index written by `moca embed`, the query is empty, or k is
             below 1.
-        ValueError: a damaged index, one of an earlier version (which did not note the weights of
-            its model), or one made with another model than its folder holds now.
+        ValueError: a damaged index, one of an earlier version (which did not note all that makes
+            the embeddings of its model), or one made with another model than its folder holds now.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file() or not (folder / EMBEDDINGS).is_file():
@@ -268,25 +268,30 @@ def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
             f"{folder} is no index: expected {EMBEDDINGS} and {INDEX} in it; make one with "
             f"`moca embed model=MODEL source=DOCUMENTS output={folder}`"
         )
-    if not query.strip():
+    asked = Document.of(query, "query")
+    if asked.empty:
         raise ConfigError(f"query: expected what to look for, got {query!r}")
     if k < 1:
         raise ConfigError(f"k: expected at least 1, got {k}")
     about = _read_about(folder / INDEX)
     table = _read_table(folder / EMBEDDINGS, about)
     vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    model = about["model"]
-    if Path(model).is_absolute() and not Path(model).exists():
-        raise FileNotFoundError(f"{folder}: the model it was made with, {model}, is gone")
+    if model is None:
+        model = about["model"]
+        if Path(model).is_absolute() and not Path(model).exists():
+            raise FileNotFoundError(
+                f"{folder}: the model it was made with, {model}, is gone; if it has been moved, "
+                "say where to (--model)"
+            )
     embedder = Embedder.from_pretrained(
         model, max_length=about["max_length"], precision=about["precision"]
     )
-    if weights_digest(model) != about["weights"]:
+    if model_digest(model) != about["model_digest"]:
         raise ValueError(
-            f"{folder}: made with another model than the one that lies in {model} now: its "
-            "weights differ; embed the documents again"
+            f"{folder}: made with another model than the one that lies in {model} now: weights, "
+            "tokenizer or settings differ; embed the documents again"
         )
-    [embedding] = embedder.encode([query], prompt=about["query_prompt"])
+    [embedding] = embedder.encode([asked], prompt=about["query_prompt"])
     scores = vectors.reshape(-1, about["dimension"]) @ embedding
     if any(embedder.counts.values()):
         tqdm.write(
@@ -295,7 +300,7 @@ def search(folder: str | PathLike, query: str, k: int = 5) -> list[Hit]:
         )
     best = np.argsort(-scores, kind="stable")[:k]
     names, texts = table["name"].to_pylist(), table["text"].to_pylist()
-    return [Hit(float(scores[i]), names[i], _snippet(texts[i])) for i in best]
+    return [Hit(float(scores[i]), printable(names[i]), _snippet(texts[i])) for i in best]
 
 
 def _read_about(file: Path) -> dict[str, Any]:
@@ -336,18 +341,13 @@ def _kind(kind: pa.DataType) -> str:
     return str(kind)
 
 
-def _printable(name: str) -> str:
-    """The name of a file may hold bytes that are no UTF-8, which Parquet does not take."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def _image_names(document: Document) -> list[str]:
     return [
-        _printable(str(image)) if isinstance(image, (str, PathLike)) else "(inline)"
+        printable(str(image)) if isinstance(image, (str, PathLike)) else "(inline)"
         for image in document.images
     ]
 
 
 def _snippet(text: str, length: int = 160) -> str:
-    line = " ".join(text.replace(IMAGE_MARKER, "[image]").split())
+    line = printable(" ".join(text.replace(IMAGE_MARKER, "[image]").split()))
     return line if len(line) <= length else line[: length - 1] + "…"

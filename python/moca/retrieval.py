@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moca.checkpoint import write_file
+from moca.checkpoint import new_output, write_file
 from moca.config import ConfigError, EvalConfig
+from moca.console import say
 from moca.data.prompts import prompted_pair
-from moca.data.records import Document
+from moca.data.records import Document, Pair
 from moca.data.sources import load_pairs
-from moca.embed import Embedder, check_new_output
+from moca.embed import Embedder, checker
 from moca.evaluate import Embed, Pool, candidate_precision, chance
 from moca.suites import load_beir, load_mmeb
 
@@ -24,36 +25,31 @@ def evaluate_model(config: EvalConfig) -> Scores:
     """Every task of the configuration; written to `config.output` too if that is set.
 
     Raises:
-        ConfigError: the output exists or cannot be made, or a source is empty.
+        ConfigError: the output exists, cannot be made or is being made by another process, or a
+            source is empty.
         OSError: the scores could not be written; they have been printed then.
     """
-    if config.output:
-        check_new_output(Path(config.output), "file")
+    if not config.output:
+        return _evaluate(config)
+    with new_output(Path(config.output), "file"):
+        scores = _evaluate(config)
+        text = json.dumps(scores, indent=1) + "\n"
+        try:
+            write_file(config.output, lambda path: path.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            say(format_table(scores))
+            raise OSError(f"{config.output} could not be written: {error}") from error
+    return scores
+
+
+def _evaluate(config: EvalConfig) -> Scores:
+    pools, choices = _read_sources(config)
     embedder = Embedder.from_pretrained(
         config.model,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         precision=config.precision,
     )
-    options: dict[str, Any] = {
-        "split": "test",
-        "image_root": config.image_root or None,
-        "on_error": config.on_error,
-        "check": embedder.check,
-    }
-    pools = {}
-    for task, source in config.pairs.items():
-        pairs = list(load_pairs(source, task=task, **options))
-        if not pairs:
-            raise ConfigError(f"pairs.{task}: {source} holds no pairs")
-        pools[task] = Pool.of_pairs(pairs)
-    for task, folder in config.beir.items():
-        pools[task] = load_beir(folder, **options)
-    choices = {}
-    for task, source in config.mmeb.items():
-        choices[task] = list(load_mmeb(source, **options))
-        if not choices[task]:
-            raise ConfigError(f"mmeb.{task}: {source} holds no rows")
 
     def embed(documents: list[Document]):
         return embedder.encode(documents, progress=True)
@@ -67,15 +63,31 @@ def evaluate_model(config: EvalConfig) -> Scores:
             "chance": {"precision@1": result["chance"]},
         }
     for reason, count in sorted(embedder.counts.items()):
-        print(f"{count} {reason} at max_length {config.max_length}")
-    if config.output:
-        text = json.dumps(scores, indent=1) + "\n"
-        try:
-            write_file(config.output, lambda path: path.write_text(text, encoding="utf-8"))
-        except OSError as error:
-            print(format_table(scores))
-            raise OSError(f"{config.output} could not be written: {error}") from error
+        say(f"{count} {reason} at max_length {config.max_length}")
     return scores
+
+
+def _read_sources(config: EvalConfig) -> tuple[dict[str, Pool], dict[str, list[Pair]]]:
+    """What is ranked among all of a task, and what among the candidates of a row."""
+    options: dict[str, Any] = {
+        "split": "test",
+        "image_root": config.image_root or None,
+        "on_error": config.on_error,
+        "check": checker(config.model, config.max_length),
+    }
+    pools, choices = {}, {}
+    for task, source in config.pairs.items():
+        pairs = list(load_pairs(source, task=task, **options))
+        if not pairs:
+            raise ConfigError(f"pairs.{task}: {source} holds no pairs")
+        pools[task] = Pool.of_pairs(pairs)
+    for task, folder in config.beir.items():
+        pools[task] = load_beir(folder, **options)
+    for task, source in config.mmeb.items():
+        choices[task] = list(load_mmeb(source, **options))
+        if not choices[task]:
+            raise ConfigError(f"mmeb.{task}: {source} holds no rows")
+    return pools, choices
 
 
 def evaluate_pool(

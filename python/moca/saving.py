@@ -78,7 +78,7 @@ SENTENCE_TRANSFORMERS = {
 }
 # "name" or "owner/name"; what begins with a point is a path.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 # Files of a saved model that another model or another release of transformers writes.
 _FORMER = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|generation_config\.json"
@@ -214,12 +214,10 @@ def read_directory(directory: str | os.PathLike) -> tuple[Any, ImageSettings, Se
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     config = _read_json(directory, PREPROCESSOR)
     if config is None:
-        processor = _read_json(directory, "processor_config.json") or {}
+        processor = _read_json(directory, PROCESSOR) or {}
         config = processor.get("image_processor")
     if config is None:
-        raise FileNotFoundError(
-            f"{os.fspath(directory)}: expected {PREPROCESSOR} or processor_config.json"
-        )
+        raise FileNotFoundError(f"{os.fspath(directory)}: expected {PREPROCESSOR} or {PROCESSOR}")
     return tokenizer, ImageSettings.from_processor_config(config), _read_settings(directory)
 
 
@@ -253,8 +251,9 @@ def _read_json(directory: str | os.PathLike, name: str) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
-def weights_digest(directory: str | os.PathLike) -> str:
-    """SHA-256 over the files of weights of a directory, or of a hub repository once loaded.
+def model_digest(directory: str | os.PathLike) -> str:
+    """SHA-256 over what makes the embeddings of a directory, or of a hub repository once loaded:
+    weights, config, tokenizer, image settings, and what `moca.json` says of attention and pooling.
 
     Raises:
         FileNotFoundError: it holds no weights.
@@ -264,7 +263,10 @@ def weights_digest(directory: str | os.PathLike) -> str:
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise FileNotFoundError(f"{folder}: expected model.safetensors or shards of it")
-    digest = hashlib.sha256()
+    for names in (["config.json"], ["tokenizer.json", "vocab.json"], [PREPROCESSOR, PROCESSOR]):
+        files += [folder / name for name in names if (folder / name).is_file()][:1]
+    settings = _read_settings(directory)
+    digest = hashlib.sha256(f"{settings.bidirectional} {settings.pooling}".encode())
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -37,6 +37,15 @@ def test_embed_search_eval(data, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line[:1] != " " * 8]
     scores = [float(line.split()[0]) for line in lines if not line.startswith("        ")]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    shown = Path(data["documents"]).with_name("red-square.png")
+    shutil.move(data["model"], tmp_path / "moved")
+    try:
+        assert main(["search", str(index), str(shown), "--model", str(tmp_path / "moved")]) == 0
+    finally:
+        shutil.move(tmp_path / "moved", data["model"])
+    assert f"the query is the picture {shown}" in capsys.readouterr().err
+    assert main(["search", str(tmp_path), "a" * 300]) == 2
+    assert "is no index: expected embeddings.parquet" in capsys.readouterr().err
     result = tmp_path / "metrics.json"
     pairs = [f"pairs.words={data['words']}", f"pairs.pictures={data['pictures']}"]
     assert main(["eval", f"model={data['model']}", *pairs, f"output={result}"]) == 0

@@ -17,9 +17,10 @@ import pytest
 import tiny
 import torch
 from moca import Document, Embedder, MocaModel
-from moca.config import ConfigError, EmbedConfig
+from moca.config import ConfigError, EmbedConfig, EvalConfig
 from moca.data.records import IMAGE_MARKER
 from moca.embed import EMBEDDINGS, INDEX, build_index, search
+from moca.retrieval import evaluate_model
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +223,14 @@ def test_a_query_that_is_cut_is_told(built, capsys):
 
 @pytest.mark.parametrize(
     ("query", "k", "message"),
-    [(" ", 5, "query: expected what to look for, got ' '"), ("red", 0, "k: .* at least 1, got 0")],
+    [
+        (" ", 5, "query: expected what to look for, got ' '"),
+        ("red", 0, "k: .* at least 1, got 0"),
+        ("<|image_pad|>", 5, r"^query: <\|image_pad\|> stands outside"),
+    ],
 )
 def test_bad_questions_are_refused(built, query, k, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         search(built / "index", query, k)
 
 
@@ -238,18 +243,99 @@ def test_an_index_of_another_model_is_refused(index, tmp_path):
     ):
         search(index, "red")
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match=r"index: the model .*model, is gone"):
+    with pytest.raises(FileNotFoundError, match=r"index: the model .*model, is gone; .*--model"):
         search(index, "red")
+
+
+@pytest.mark.parametrize("file", ["moca.json", "tokenizer.json", "preprocessor_config.json"])
+def test_all_that_makes_embeddings_is_of_the_model(built, tmp_path, file):
+    """And a model that has been moved is known by it."""
+    model = Path(shutil.copytree(built / "model", tmp_path / "model"))
+    settings = json.loads((model / "moca.json").read_text())
+    (model / "moca.json").write_text(json.dumps(settings | {"temperature": 0.5}))
+    assert search(built / "index", "red", model=model) == search(built / "index", "red")
+    changed = (model / file).read_text() + " "  # of moca.json, what it says counts
+    if file == "moca.json":
+        changed = json.dumps(settings | {"pooling": "last"})
+    (model / file).write_text(changed)
+    with pytest.raises(ValueError, match=r"another model.*weights, tokenizer or settings differ"):
+        search(built / "index", "red", model=model)
+
+
+def test_a_query_may_be_a_picture(built):
+    [hit] = search(built / "index", built / "red-square.png", k=1)
+    embedder = Embedder.from_pretrained(built / "model", max_length=8)
+    vectors = np.stack(pq.read_table(built / "index" / EMBEDDINGS)["embedding"].to_pylist())
+    scores = vectors @ embedder.encode([picture()])[0]
+    assert hit.score == pytest.approx(scores.max(), abs=1e-5)
+
+
+def test_hits_are_printable(built, tmp_path):
+    source = tmp_path / "records.jsonl"
+    record = {
+        "name": "a\x1b]0;title\x07",
+        "text": "red\x1b[2J\n\u202esquare\x9b café 👩\u200d🔬",
+    }
+    source.write_text(json.dumps(record))
+    build_index(EmbedConfig(str(built / "model"), str(source), str(tmp_path / "index")))
+    shown = (r"a\x1b]0;title\x07", r"red\x1b[2J \u202esquare\x9b café 👩" + "\u200d🔬")
+    [hit] = search(tmp_path / "index", "red")
+    assert (hit.name, hit.text) == shown
+    table = pq.read_table(tmp_path / "index" / EMBEDDINGS)
+    table = table.set_column(0, "name", [["\x1b[2J\nb"]])  # an index may be of somebody else
+    pq.write_table(table, tmp_path / "index" / EMBEDDINGS)
+    assert search(tmp_path / "index", "red")[0].name == r"\x1b[2J\nb"
+
+
+def test_two_processes_never_make_one_index(built, tmp_path, monkeypatch):
+    source = tmp_path / "records.jsonl"
+    source.write_text('{"text": "red"}')
+    config = EmbedConfig(str(built / "model"), str(source), str(tmp_path / "index"))
+    lock = tmp_path / ".index.lock"
+    with (
+        tiny.locked(lock),
+        pytest.raises(ConfigError, match=r"output: another process writes to .*index: wait"),
+    ):
+        build_index(config)
+    scores = EvalConfig(config.model, {"a": str(source)}, output=str(tmp_path / "index"))
+    with (
+        tiny.locked(lock),
+        pytest.raises(ConfigError, match=r"output: another process writes to .*index: wait"),
+    ):
+        evaluate_model(scores)
+
+    def ended(*_):
+        (tmp_path / "index").mkdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.lockf", ended)
+        with pytest.raises(ConfigError, match=r"output: .*index exists; give another folder"):
+            build_index(config)
+    (tmp_path / "index").rmdir()
+    assert build_index(config) == 1 and not lock.exists()
+
+
+def test_a_source_is_read_before_the_weights(built, tmp_path):
+    model = shutil.copytree(built / "model", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    source = tmp_path / "scans"
+    source.mkdir()
+    picture().save(source / "a.png")
+    with pytest.raises(FileNotFoundError, match=r"scans: expected .*HTML files in it, got 1 \.png"):
+        build_index(EmbedConfig(str(model), str(source), str(tmp_path / "index")))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("{}", r"index\.json: expected model \(str\), weights \(str\), documents \(int\), dim"),
+        (
+            "{}",
+            r"index\.json: expected model \(str\), model_digest \(str\), documents \(int\), dim",
+        ),
         ("[]", r"index\.json: expected model \(str\)"),
         ("{", r"index\.json: damaged, no JSON"),
         ({"query_prompt": None}, r"index\.json: expected query_prompt \(str\); .*earlier version"),
-        ({"weights": None}, r"index\.json: expected weights \(str\); .*earlier version"),
+        ({"model_digest": None}, r"index\.json: expected model_digest \(str\); .*earlier version"),
         ({"max_length": "8"}, r"index\.json: expected max_length \(int\)"),
         ({"dimension": 31}, r"embeddings\.parquet: expected 25 rows of .*31 x float.*32 x float"),
         ({"documents": 24}, r"embeddings\.parquet: expected 24 rows .* got 25"),

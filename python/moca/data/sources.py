@@ -46,6 +46,12 @@ def check_images(document: Document) -> None:
         target_size(opened.height, opened.width, ImageSettings(), document.name)
 
 
+def picture_suffixes() -> set[str]:
+    """How names of files end that hold an image which can be read."""
+    known = PIL.Image.registered_extensions()
+    return {suffix for suffix, kind in known.items() if kind in PIL.Image.OPEN}
+
+
 class Records(Generic[Item]):
     """Documents or pairs of one source, read anew each time it is iterated.
 
@@ -240,9 +246,8 @@ def _is_html(path: Path) -> bool:
         unread = [f for f in files if f.parent != path or f.suffix.lower() not in SUFFIXES]
     else:
         return False
-    opened = PIL.Image.registered_extensions()  # pictures belong to the pages or records
-    images = {suffix for suffix, kind in opened.items() if kind in PIL.Image.OPEN}
-    if unread := [file for file in unread if file.suffix.lower() not in images]:
+    pictures = picture_suffixes()  # they belong to the pages or records
+    if unread := [file for file in unread if file.suffix.lower() not in pictures]:
         logger.warning("%s: read as a folder of %s; not read: %s", path, read, kinds(unread))
     return html
 
