@@ -1,4 +1,4 @@
-"""Published evaluation sets: MMEB rows and folders in BEIR form, such as those of ViDoRe."""
+"""Published evaluation sets: MMEB rows, folders in BEIR form, and those of ViDoRe's versions."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from moca.evaluate import Pool
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jsonl", ".parquet", ".tsv")
+_PARTS = ("corpus", "queries", "qrels")
+# Query -> document -> score.
+Judged = dict[str, dict[str, float]]
 
 
 def load_mmeb(
@@ -40,7 +43,8 @@ def load_mmeb(
     Args:
         source: a file, a folder of these, or the name of a hub data set, as in `load_pairs`.
         split: of a hub data set whose name gives none.
-        image_root: folder of relative image paths; default the folder of the file.
+        image_root: folder of relative image paths; default the folder of the file, or the one above
+            where the first image of a row lies there alone, as beside the tasks of MMEB-eval.
         on_error, check: what a bad row does, and what else makes one bad; see `Records`.
 
     Raises:
@@ -52,17 +56,29 @@ def load_mmeb(
 
     def items() -> Iterator[tuple[str, Callable[[], Pair]]]:
         for (name, get), folder in rows():
-            root = image_root if image_root is not None else folder
-            yield name, partial(_choice, get, name, root, task_name(place))
+            yield name, partial(_choice, get, name, image_root, folder, task_name(place))
 
     return Records(str(place), items, on_error, check)
 
 
-def _choice(get: Callable[[], Any], name: str, root: str | os.PathLike | None, task: str) -> Pair:
+def _choice(
+    get: Callable[[], Any],
+    name: str,
+    root: str | os.PathLike | None,
+    folder: Path | None,
+    task: str,
+) -> Pair:
     """An MMEB row as a query with its right candidate and the wrong ones."""
     row = fields(get(), name)
     texts, images = _targets(row, name)
     query_image = row.get("qry_img_path")
+    if root is None and folder is not None:
+        first = next(
+            (path for path in (query_image, *images) if path and isinstance(path, str)), ""
+        )
+        # Not Path.exists, which refuses names that are too long for a file.
+        above = not os.path.exists(folder / first) and os.path.exists(folder.parent / first)
+        root = folder.parent if above else folder
     record = {
         "qry": _instructed(row, "qry", row.get("qry_text"), query_image, f"{name}: query"),
         "qry_image_path": query_image,
@@ -82,12 +98,18 @@ def load_beir(
     on_error: OnError = "raise",
     check: Check = check_images,
 ) -> Pool:
-    """Read a folder of ``corpus``, ``queries`` and ``qrels``, each a file or a folder of files.
+    """Read a folder of ``corpus``, ``queries`` and ``qrels``, each a file or a folder of files; or
+    of ``data`` alone, whose rows are a page and what is asked of it.
 
-    Corpus rows have ``_id`` or ``corpus-id`` and ``title``, ``text`` and/or ``image``; queries
-    ``_id`` or ``query-id`` and ``text`` or ``query``; qrels ``query-id``, ``corpus-id`` and
-    ``score``. Queries without a relevant document are left out. Of a document with an image, that
-    alone is taken; how many have a title or text beside it is logged.
+    Corpus rows have ``_id``, ``corpus-id`` or ``corpus_id`` and ``title``, ``text`` and/or
+    ``image``; queries ``_id``, ``query-id`` or ``query_id`` and ``text`` or ``query``; qrels an id
+    of a query, one of the corpus and ``score``. Queries without a relevant document are left out.
+    Of a document with an image, that alone is taken; how many have a text beside it is logged.
+
+    Rows of ``data``, as the first version of ViDoRe has them, have ``image``, ``image_filename`` (a
+    page stands in several rows; without it the image itself tells pages apart) and ``query``: null
+    where a page is only among those to be searched. Of a query that stands in several rows, the
+    pages of all are relevant.
 
     Args:
         folder: the folder; files are ``.jsonl``, ``.parquet`` or (qrels) ``.tsv``.
@@ -105,31 +127,76 @@ def load_beir(
     """
     root = Path(folder)
     images = Path(image_root) if image_root is not None else root
+    if _files(root, "data", split) and not any(_files(root, part, split) for part in _PARTS):
+        corpus, queries, judged = _read_questions(root, split, images, on_error, check)
+    else:
+        corpus, queries, judged = _read_judged(root, split, images, on_error, check)
+    numbers = {key: i for i, key in enumerate(corpus)}
+    gains = {
+        query: {numbers[key]: score for key, score in scores.items() if score > 0}
+        for query, scores in judged.items()
+    }
+    gains = {query: relevant for query, relevant in gains.items() if relevant}
+    if not gains:
+        raise ValueError(f"{root}: no query has a relevant document")
+    return Pool([queries[key] for key in gains], list(corpus.values()), list(gains.values()))
+
+
+def _read_judged(
+    root: Path, split: str, images: Path, on_error: OnError, check: Check
+) -> tuple[dict[str, Document], dict[str, Document], Judged]:
+    """The documents, queries and judgements of a corpus, queries and qrels."""
     unread = Counter[str]()
     page = partial(_corpus_document, images=images, unread=unread)
     corpus = _documents(root, "corpus", split, page, on_error, check)
     for field, count in unread.items():
         logger.warning("%s: corpus: the %s beside %d images is not read", root, field, count)
     queries = _documents(root, "queries", split, _query_document, on_error, check)
-    numbers = {key: i for i, key in enumerate(corpus)}
-    judged: dict[str, dict[int, float]] = {}
+    judged: Judged = {}
 
     def judge(name: str, get: Callable[[], Any]) -> None:
         row = fields(get(), name)
-        query, document = _id(row, name, "query-id"), _id(row, name, "corpus-id")
+        query = _id(row, name, "query-id", "query_id")
+        document = _id(row, name, "corpus-id", "corpus_id")
         for key, known, what in ((query, queries, "query"), (document, corpus, "document")):
             if key not in known:
                 raise ValueError(f"{name}: {what} {key!r} is not in the {what} list")
         score = _score(row.get("score", 1), name)
-        if judged.setdefault(query, {}).setdefault(numbers[document], score) != score:
+        if judged.setdefault(query, {}).setdefault(document, score) != score:
             raise ValueError(f"{name}: query {query!r} and document {document!r} have two scores")
 
     _take(root, "qrels", split, judge, on_error)
-    gains = {query: {i: s for i, s in scores.items() if s > 0} for query, scores in judged.items()}
-    gains = {query: relevant for query, relevant in gains.items() if relevant}
-    if not gains:
-        raise ValueError(f"{root}: no query has a relevant document")
-    return Pool([queries[key] for key in gains], list(corpus.values()), list(gains.values()))
+    return corpus, queries, judged
+
+
+def _read_questions(
+    root: Path, split: str, images: Path, on_error: OnError, check: Check
+) -> tuple[dict[str, Document], dict[str, Document], Judged]:
+    """The pages, queries and judgements of rows that each have a page and may have its query."""
+    pages: dict[str, Document] = {}
+    queries: dict[str, Document] = {}
+    judged: Judged = {}
+
+    def add(name: str, get: Callable[[], Any]) -> None:
+        row = fields(get(), name)
+        if not row.get("image") or "query" not in row:
+            raise ValueError(
+                f"{name}: expected a page in 'image' and a text or null in 'query', found "
+                f"{sorted(key for key, value in row.items() if value is not None)}"
+            )
+        page = _corpus_document({"image": row["image"]}, name, images, Counter())
+        query = None if row["query"] is None else _query_document({"query": row["query"]}, name)
+        if on_error == "skip":
+            check(page)
+        key = str(row.get("image_filename") or page.key())
+        if pages.setdefault(key, page).key() != page.key():
+            raise ValueError(f"{name}: image_filename {key!r} stands for two images")
+        if query is not None:
+            queries.setdefault(query.text, query)
+            judged.setdefault(query.text, {})[key] = 1.0
+
+    _take(root, "data", split, add, on_error)
+    return pages, queries, judged
 
 
 def _take(
@@ -200,7 +267,8 @@ def _documents(
 
     def add(name: str, get: Callable[[], Any]) -> None:
         row = fields(get(), name)
-        key = _id(row, name, "_id", "corpus-id" if part == "corpus" else "query-id")
+        kind = {"corpus": "corpus", "queries": "query"}[part]
+        key = _id(row, name, "_id", f"{kind}-id", f"{kind}_id")
         if key in found:
             raise ValueError(f"{name}: id {key!r} occurs twice")
         document = make(row, name)
@@ -222,7 +290,7 @@ def _corpus_document(
     image = row.get("image")
     if image:
         # A page is its picture; text beside it would give the answer of the OCR, not of the model.
-        unread.update(key for key, value in parts.items() if value.strip())
+        unread.update(key for key in (*parts, "markdown") if str(row.get(key) or "").strip())
         record = {"text": IMAGE_MARKER, "images": [image]}
         return document_from_record(record, root=images, name=name)
     text = "\n".join(filter(None, parts.values()))
@@ -246,13 +314,22 @@ def _id(row: Mapping[str, Any], name: str, *keys: str) -> str:
 
 
 def _part(root: Path, part: str, split: str) -> Iterator[Row]:
-    """The rows of corpus, queries or qrels."""
+    """The rows of corpus, queries, qrels or data."""
+    files = _files(root, part, split)
+    if not files:
+        raise FileNotFoundError(
+            f"{root}: expected {part}.jsonl, {part}.parquet or a folder {part} (of corpus, queries "
+            "and qrels), or data alone"
+        )
+    for file in files:
+        yield from file_rows(file, str(file.relative_to(root)))
+
+
+def _files(root: Path, part: str, split: str) -> list[Path]:
+    """The files of a part: one that is called so, or those of a folder that is."""
     named = [root / f"{part}{suffix}" for suffix in _SUFFIXES]
     files = [file for file in named if file.is_file()][:1]
     if not files and (root / part).is_dir():
         files = sorted(file for file in (root / part).iterdir() if file.suffix in _SUFFIXES)
         files = [file for file in files if file.name.startswith(split)] or files
-    if not files:
-        raise FileNotFoundError(f"{root}: expected {part}.jsonl, {part}.parquet or a folder {part}")
-    for file in files:
-        yield from file_rows(file, str(file.relative_to(root)))
+    return files

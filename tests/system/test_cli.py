@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 from moca.cli import main
+from moca.embed import search
 from moca.quickstart.run import Quickstart
 from moca.run import Interrupted
 
@@ -43,7 +44,12 @@ def test_embed_search_eval(data, tmp_path, capsys):
         assert main(["search", str(index), str(shown), "--model", str(tmp_path / "moved")]) == 0
     finally:
         shutil.move(tmp_path / "moved", data["model"])
-    assert f"the query is the picture {shown}" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert f"the query is the picture {shown}" in told.err
+    best = search(index, shown, model=data["model"])
+    assert told.out == "".join(
+        f"{hit.score:6.3f}  {hit.name}\n        {hit.text}\n" for hit in best
+    )
     assert main(["search", str(tmp_path), "a" * 300]) == 2
     assert "is no index: expected embeddings.parquet" in capsys.readouterr().err
     result = tmp_path / "metrics.json"

@@ -64,6 +64,17 @@ def test_mmeb_rows(tmp_path, suffix):
     assert shown == ["it.png", "b.png", "c.png"]
 
 
+def test_mmeb_images_may_lie_beside_the_folder_of_a_task(tmp_path):
+    """As in MMEB-eval, where all tasks share the folders of images."""
+    write_jsonl(tmp_path / "Set" / "test-00000-of-00001.jsonl", MMEB_ROWS)
+    (tmp_path / "it.png").write_bytes(png("red"))
+    first, second = load_mmeb(tmp_path / "Set")
+    assert first.query.images == second.positive.images == (tmp_path / "it.png",)
+    assert first.task == "Set"
+    (tmp_path / "Set" / "it.png").write_bytes(png("blue"))
+    assert next(iter(load_mmeb(tmp_path / "Set"))).query.images == (tmp_path / "Set" / "it.png",)
+
+
 def test_mmeb_instructions_go_before_the_texts(tmp_path):
     """As VLM2Vec v2's rows have them; their image markers are those of the texts."""
     query = {"qry_inst": "<|image_1|>\nName it.\n", "qry_text": "", "qry_img_path": "it.png"}
@@ -153,14 +164,16 @@ def test_beir_texts_may_speak_of_the_image_tag(tmp_path):
     ]
 
 
-def test_beir_parquet_pages(tmp_path):
+@pytest.mark.parametrize("mark", ["-", "_"])
+def test_beir_parquet_pages(tmp_path, mark):
+    query, page = f"query{mark}id", f"corpus{mark}id"
     parts = {
         "corpus": [
-            {"corpus-id": 7, "image": {"bytes": png("red"), "path": None}},
-            {"corpus-id": 9, "image": {"bytes": png("blue"), "path": None}},
+            {page: 7, "image": {"bytes": png("red"), "path": None}},
+            {page: 9, "image": {"bytes": png("blue"), "path": None}},
         ],
-        "queries": [{"query-id": 3, "query": "blue?"}],
-        "qrels": [{"query-id": 3, "corpus-id": 9, "score": 1}],
+        "queries": [{query: 3, "query": "blue?"}],
+        "qrels": [{query: 3, page: 9, "score": 1}],
     }
     for part, rows in parts.items():
         (tmp_path / part).mkdir()
@@ -170,8 +183,51 @@ def test_beir_parquet_pages(tmp_path):
     assert pool.relevance == [{1: 1.0}]
 
 
+def write_questions(folder: Path, rows: list[tuple]) -> Path:
+    """As ViDoRe's first version has them: a query or none, the colour of a page, its name."""
+    (folder / "data").mkdir(exist_ok=True)
+    keys = ("query", "image", "image_filename")
+    records = [
+        dict(zip(keys, (query, {"bytes": png(colour)}, name), strict=True))
+        for query, colour, name in rows
+    ]
+    pq.write_table(pa.Table.from_pylist(records), folder / "data" / "test-00000-of-00001.parquet")
+    return folder
+
+
+def test_pages_with_their_questions(tmp_path):
+    rows = [("red?", "red", "a.jpg"), (None, "blue", "b.jpg"), ("warm?", "red", "a.jpg")]
+    rows += [("grey?", "grey", None), ("warm?", "yellow", "c.jpg"), (None, "grey", None)]
+    pool = load_beir(write_questions(tmp_path, rows))
+    pages = [page.images for page in pool.candidates]
+    assert pages == [(png(colour),) for colour in ("red", "blue", "grey", "yellow")]
+    assert [query.text for query in pool.queries] == ["red?", "warm?", "grey?"]
+    assert pool.relevance == [{0: 1.0}, {0: 1.0, 3: 1.0}, {2: 1.0}]
+
+
+def test_bad_pages_with_questions_are_named(tmp_path, caplog):
+    rows = [("red?", "red", "a.jpg"), ("blue?", "blue", "a.jpg"), (" ", "grey", "b.jpg")]
+    write_questions(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"row 1: image_filename 'a\.jpg' stands for two images"):
+        load_beir(tmp_path)
+    pool = load_beir(tmp_path, on_error="skip")
+    assert len(pool.queries) == len(pool.candidates) == 1
+    assert "data: skipped 2 of 3 records" in caplog.text
+    write_questions(tmp_path, [(None, "red", "a.jpg")])
+    with pytest.raises(ValueError, match="no query has a relevant document"):
+        load_beir(tmp_path)
+    write_jsonl(tmp_path / "data.jsonl", [{"text": "a", "image": "a.png"}])
+    with pytest.raises(
+        ValueError, match=r"expected a page in 'image' .* found \['image', 'text'\]"
+    ):
+        load_beir(tmp_path)
+    write_jsonl(tmp_path / "corpus.jsonl", [{"_id": "x", "text": "a"}])
+    with pytest.raises(FileNotFoundError, match=r"expected queries\.jsonl, .* or data alone"):
+        load_beir(tmp_path)
+
+
 def test_text_beside_the_image_of_a_page_is_counted(tmp_path, caplog):
-    page = {"image": "a.png", "text": "What is read on it."}
+    page = {"image": "a.png", "text": "What is read on it.", "markdown": "# As text"}
     rows = [
         page | {"_id": 1, "title": ""},
         page | {"_id": 2, "title": "A"},
@@ -183,7 +239,7 @@ def test_text_beside_the_image_of_a_page_is_counted(tmp_path, caplog):
     assert [item.text for item in load_beir(tmp_path).candidates] == [IMAGE_MARKER] * 2 + ["b"]
     assert caplog.messages == [
         f"{tmp_path}: corpus: the {field} beside {count} images is not read"
-        for field, count in (("text", 2), ("title", 1))
+        for field, count in (("text", 2), ("markdown", 2), ("title", 1))
     ]
 
 
