@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from moca.data.encode import Encoder
 from moca.data.images import decode, patchify, resize
+from moca.data.prompts import prompted
 from moca.data.records import IMAGE_MARKER, Document
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -78,6 +79,28 @@ def test_text_after_an_image_that_does_not_fit_is_used(tokenizer, settings, pict
     encoded = encoder(Document(f"{IMAGE_MARKER}{WORDS}", (picture(40, 40),)))
     assert encoded.input_ids.tolist() == tokenizer(WORDS)["input_ids"][:10]
     assert encoder.counts == {"images dropped": 1, "documents truncated": 1}
+
+
+def test_wording_after_a_document_that_is_cut_is_kept(tokenizer, settings, picture):
+    text, after = tokenizer(WORDS * 9)["input_ids"], tokenizer("\nfox")["input_ids"]
+    document = prompted(Document(WORDS * 9), "{}\nfox")
+    assert len(Encoder(tokenizer, settings)(document)) == len(text) + len(after)
+    room = 20 + len(after)
+    encoder = Encoder(tokenizer, settings, room)
+    assert encoder(document).input_ids.tolist() == text[:20] + after
+    page = prompted(
+        Document(f"{WORDS}{IMAGE_MARKER}{WORDS}", (picture(8, 8),)), "{image}{text}\nfox"
+    )
+    cut = encoder(page).input_ids.tolist()
+    assert cut[3:] == tokenizer(WORDS * 2)["input_ids"][:17] + after
+    assert encoder.counts == {"documents truncated": 2}
+    # Without room for both, the document goes first; so does an image that the wording would cost.
+    assert (
+        Encoder(tokenizer, settings, len(after))(document).input_ids.tolist() == text[: len(after)]
+    )
+    image = prompted(Document(IMAGE_MARKER, (picture(40, 40),)), "{}\nfox")
+    encoder = Encoder(tokenizer, settings, 28)
+    assert runs_of_images(encoder, encoder(image)) == [25] and encoder.counts.total() == 1
 
 
 def test_an_image_alone_that_does_not_fit_is_an_error(tokenizer, settings, picture):

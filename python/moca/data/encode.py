@@ -97,8 +97,8 @@ class Encoder:
         """Encode one document.
 
         With ``truncate`` it is cut to ``max_length``: text at a token, while an image that does not
-        fit is left out whole (and counted) and the text after it is still used. Without, it comes
-        back whole, whatever its length.
+        fit is left out whole (and counted) and the text after it is still used. Its closing is kept
+        where no image has to go for it. Without, it comes back whole, whatever its length.
 
         Raises:
             ValueError: an empty document, an unreadable image, or images that leave nothing within
@@ -190,7 +190,7 @@ class Encoder:
         where = document.name or "document"
         if document.empty:
             raise ValueError(f"{where}: the document is empty")
-        ids, starts = self._known.get(document.text) or self._tokens(document.text)
+        ids, starts = self._tokens(document.text + document.closing)
         pads = np.flatnonzero(ids == self.image_token_id)
         whole = len(pads) == len(document.images) and all(
             0 < pad < len(ids) - 1
@@ -216,6 +216,8 @@ class Encoder:
         """Token ids of a text, and at which of them a word starts. Training sees a text many times:
         the first `KNOWN_TOKENS` are remembered.
         """
+        if text in self._known:
+            return self._known[text]
         encoding = self.tokenizer(text, add_special_tokens=False)
         ids = np.asarray(encoding["input_ids"], np.int64)
         words = np.asarray([-1 if word is None else word for word in encoding.word_ids()])
@@ -244,6 +246,23 @@ class Encoder:
 
     def _fitting(self, document: Document, room: int) -> tuple[list[_Text | _Image], int, bool]:
         """What of a document fits, how many images do not, and whether anything does not."""
+        segments, too_large, cut = self._cut(document, room)
+        if not segments:
+            raise ValueError(
+                f"{document.name or 'document'}: an image of {max(too_large)} tokens does not fit "
+                f"into max_length {self.max_length}, and there is no text beside it"
+            )
+        if cut and document.closing:
+            closing = _Text(*self._tokens(document.closing))
+            if len(closing) < room:
+                kept, left_out, _ = self._cut(replace(document, closing=""), room - len(closing))
+                if len(left_out) == len(too_large):
+                    segments = [*kept, closing]
+        return segments, len(too_large), cut
+
+    def _cut(self, document: Document, room: int) -> tuple[list[_Text | _Image], list[int], bool]:
+        """What fits from the beginning, the tokens of images that do not, and whether anything does
+        not."""
         segments: list[_Text | _Image] = []
         cut, too_large = False, []
         for segment in self._segments(document):
@@ -259,12 +278,7 @@ class Encoder:
                     continue
             segments.append(segment)
             room -= len(segment)
-        if not segments:
-            raise ValueError(
-                f"{document.name or 'document'}: an image of {max(too_large)} tokens does not fit "
-                f"into max_length {self.max_length}, and there is no text beside it"
-            )
-        return segments, len(too_large), cut
+        return segments, too_large, cut
 
     def _join(self, parts: list[_Part], name: str) -> Encoded:
         if not sum(len(part.ids) for part in parts):

@@ -4,7 +4,8 @@ In a prompt, ``{}`` stands for the document, text and images in reading order; o
 its images and ``{text}`` for its text without them. A prompt with none of these goes before the
 document. So ``"{}\\nRepresent the given document image."`` puts the wording after a page, and
 ``"{image}Represent the given image with the following question: {text}"`` between the two.
-Of a document that is too long the end is cut, and the wording that stands there with it.
+Of a document that is too long the end is cut, but not the wording after it, unless there is no room
+for both or an image would have to go for it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def prompted(document: Document, prompt: str) -> Document:
         "{image}": IMAGE_MARKER * len(document.images),
         "{text}": document.text.replace(IMAGE_MARKER, ""),
     }
-    return replace(document, text="".join(filled.get(part, part) for part in parts))
+    *parts, closing = parts
+    text = "".join(filled.get(part, part) for part in parts)
+    return replace(document, text=text, closing=closing)
 
 
 def prompted_pair(pair: Pair, query: str, document: str) -> Pair:

@@ -43,6 +43,7 @@ class Document:
         text: the text with its markers; may be empty only when read, never when encoded.
         images: encoded bytes, paths or PIL images, in the order of the markers.
         name: where the document came from, for error messages.
+        closing: wording after the text, without images, that is kept where the text is cut.
 
     Raises:
         ValueError: the number of markers is not the number of images, or a lone surrogate in the
@@ -53,6 +54,7 @@ class Document:
     text: str
     images: tuple[ImageLike, ...] = ()
     name: str = ""
+    closing: str = ""
 
     def __post_init__(self) -> None:
         where = self.name or "document"
@@ -128,7 +130,7 @@ class Document:
 
     def key(self) -> bytes:
         """16 bytes, equal for equal text and equal images (by content, or by path)."""
-        digest = hashlib.blake2b(self.text.encode(), digest_size=16)
+        digest = hashlib.blake2b((self.text + self.closing).encode(), digest_size=16)
         for image in self.images:
             digest.update(b"\0image\0")
             digest.update(_image_identity(image))
