@@ -14,6 +14,7 @@ import torch
 from moca import evaluate, retrieval
 from moca.config import ConfigError, EvalConfig
 from moca.data.records import IMAGE_MARKER, Document, Pair
+from moca.data.sources import check_images
 from moca.evaluate import Pool, TfIdf, candidate_precision, chance, metrics, tfidf_baseline
 from moca.retrieval import evaluate_model, evaluate_pool
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -245,14 +246,12 @@ def no_model(monkeypatch):
     class Letters:
         counts: ClassVar[dict[str, int]] = {}
 
-        def check(self, document):
-            pass
-
         def encode(self, documents, progress):
             for tell in told:
                 tell(documents)
             return letter_embedding(documents)
 
+    monkeypatch.setattr(retrieval, "checker", lambda *_: check_images)
     monkeypatch.setattr(retrieval.Embedder, "from_pretrained", lambda *_, **__: Letters())
     return told.append
 
