@@ -175,7 +175,7 @@ class Block {
     swapcontext(&scheduler_, &fibers_[thread].context);
   }
 
-  // Runs one warp as far as it gets; false if nothing can run.
+  // Runs one warp, most often as far as it gets; false if nothing can run.
   bool run_warp() {
     const int warps = static_cast<int>(fibers_.size()) / 32;
     const int first = static_cast<int>(random_() % warps);
@@ -189,6 +189,7 @@ class Block {
           if (fibers_[lane].ready()) {
             resume(lane);
             again = true;
+            if (random_() % 64 == 0) return true;  // lanes of a warp need not keep step
           }
       }
       if (ran) return true;
