@@ -98,6 +98,7 @@ class Block {
         fibers_(threads),
         body_(std::move(body)),
         random_(seed),
+        slow_(static_cast<int>(random_() % (2 * threads))),
         eager_(random_() % 2) {}
 
   void run() {
@@ -175,7 +176,7 @@ class Block {
     swapcontext(&scheduler_, &fibers_[thread].context);
   }
 
-  // Runs one warp as far as it gets; false if nothing can run.
+  // Runs one warp, most often as far as it gets; false if nothing can run.
   bool run_warp() {
     const int warps = static_cast<int>(fibers_.size()) / 32;
     const int first = static_cast<int>(random_() % warps);
@@ -186,12 +187,17 @@ class Block {
       for (bool again = true; again; ran |= again) {
         again = false;
         for (int lane = begin; lane < begin + 32; ++lane)
-          if (fibers_[lane].ready()) {
+          if (lane != slow_ && fibers_[lane].ready()) {
             resume(lane);
             again = true;
+            if (random_() % 64 == 0) return true;  // lanes of a warp need not keep step
           }
       }
       if (ran) return true;
+    }
+    if (slow_ < static_cast<int>(fibers_.size()) && fibers_[slow_].ready()) {
+      resume(slow_);
+      return true;
     }
     return !pending.empty() && run_pending();
   }
@@ -209,6 +215,7 @@ class Block {
   std::function<void()> body_;
   std::exception_ptr failure_;
   std::mt19937 random_;
+  const int slow_;    // the thread that runs only when no other can, if there is one
   const bool eager_;  // whether copies end before some thread cannot go on without them
   ucontext_t scheduler_;
   int current_ = 0;
