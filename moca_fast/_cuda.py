@@ -9,6 +9,8 @@ from torch import Tensor
 from moca_fast import _C
 from moca_fast._native import DTYPES
 
+NO_CODE = "this build holds no CUDA code: no nvcc, or MOCA_CUDA=0 (docs/wheels.md)"
+
 
 @cache
 def compiled() -> tuple[str, ...]:
@@ -44,6 +46,8 @@ def old_driver() -> str | None:
 @cache
 def missing_code(device: int) -> str | None:
     """Why this build does not run on a GPU: what it holds, and what was found."""
+    if not compiled():
+        return NO_CODE
     if reason := old_driver():
         return reason
     gpu = torch.cuda.get_device_properties(device)

@@ -60,8 +60,8 @@ def _load(op: str, backend: str) -> ModuleType | str:
     if find_spec(package) is None or find_spec(name) is None:
         return f"{op} has no {backend} kernel in this version"
     try:
-        if backend == "cuda" and not import_module("moca_fast._cuda").compiled():
-            return "this build holds no CUDA code: no nvcc, or MOCA_CUDA=0 (docs/wheels.md)"
+        if backend == "cuda" and not (cuda := import_module("moca_fast._cuda")).compiled():
+            return cuda.NO_CODE
         return import_module(name)
     except ImportError as error:
         return f"{name} does not import: {error}"

@@ -27,7 +27,7 @@ def without_cuda(op: str) -> str | None:
     if not (OPS_FOLDER / op / "cuda.py").exists():
         return f"{op} has no cuda kernel in this version"
     if not _cuda.compiled():
-        return "this build holds no CUDA code: no nvcc, or MOCA_CUDA=0 (docs/wheels.md)"
+        return _cuda.NO_CODE
     return None
 
 

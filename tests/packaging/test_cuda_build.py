@@ -53,12 +53,19 @@ def test_a_gpu_without_code_is_told(monkeypatch):
 def test_an_older_driver_is_told(driver, runs, monkeypatch):
     native = SimpleNamespace(cuda_versions=lambda: (driver, 13020))
     monkeypatch.setattr(_cuda, "_C", native)
+    monkeypatch.setattr(_cuda, "compiled", lambda: ("80",))
     told = f"this build is of CUDA 13.2, the driver runs CUDA {driver // 1000}."
     reason = _cuda.old_driver.__wrapped__()
     assert reason is None if runs else reason.startswith(told)
     if not runs:
         monkeypatch.setattr(_cuda, "old_driver", lambda: reason)
         assert _cuda.missing_code.__wrapped__(0) == reason
+
+
+def test_a_gpu_and_a_build_without_cuda_are_told(monkeypatch):
+    monkeypatch.setattr(_cuda, "_C", SimpleNamespace())  # which has no cuda_versions
+    monkeypatch.setattr(_cuda, "compiled", lambda: ())
+    assert _cuda.missing_code.__wrapped__(0) == _cuda.NO_CODE
 
 
 @needs_cuda_code

@@ -16,7 +16,7 @@ inline uint32_t shared_memory() { return 1040; }
 template <typename T>
 T& shared(uint32_t address) {
   const uint32_t at = address - shared_memory();
-  if (address % sizeof(T) || at > block().shared.size() - sizeof(T))
+  if (address % sizeof(T) || uint64_t{at} + sizeof(T) > block().shared.size())
     throw std::runtime_error("bad address in shared memory: " + std::to_string(address));
   return *reinterpret_cast<T*>(block().shared.data() + at);
 }
