@@ -69,9 +69,10 @@ def begin(config: RunConfig) -> tuple[Path | None, Accelerator, MocaModel]:
         settings = dataclasses.replace(model.image_settings, min_pixels=least, max_pixels=most)
         model.image_settings = settings
     if config.gradient_checkpointing:
-        # Its name since transformers 5.23, which warns of the earlier one.
-        name = "activation_checkpointing_enable"
-        getattr(model.vlm, name, model.vlm.gradient_checkpointing_enable)()
+        if hasattr(model.vlm, "activation_checkpointing_enable"):  # since transformers 5.23
+            model.vlm.activation_checkpointing_enable()
+        else:
+            model.vlm.gradient_checkpointing_enable()
     return checkpoint, accelerator, model
 
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -14,7 +15,7 @@ from moca.data.records import Document, Pair
 from moca.embed import Embedder
 from moca.model import MocaModel
 from moca.pretrain import load_objective, pretrain
-from moca.run import read_log
+from moca.run import begin, read_log
 from test_training_numbers import STAGES
 from tiny import IMAGES, contrast_config, cpt_config
 
@@ -153,3 +154,14 @@ def test_activations_are_made_again_without_a_warning(data, tmp_path):
     pretrain(cpt_config(data, tmp_path / "plain", steps=1))
     again, plain = (read_log(tmp_path / name)[0] for name in ("run", "plain"))
     assert again["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"]
+)
+def test_one_name_of_gradient_checkpointing_is_enough(data, tmp_path, monkeypatch, name):
+    calls = []
+    model = SimpleNamespace(vlm=SimpleNamespace(**{name: lambda: calls.append(name)}))
+    monkeypatch.setattr(MocaModel, "from_pretrained", lambda *_, **__: model)
+    begin(cpt_config(data, tmp_path / "run", gradient_checkpointing=True))
+    assert calls == [name]
