@@ -121,7 +121,7 @@ class ContrastConfig(RunConfig):
     task_batch_sizes: dict[str, int] = field(default_factory=dict)  # where a task's differs
     task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; none: by size
     hard_negatives: int = 2  # of a query, at most; scored only against it
-    temperature: float = 0.03
+    temperature: float = 0.03  # to begin with, whatever the model was trained with before
     learn_temperature: bool = False
     token_dropout: float = 0.0  # probability that a text token is left out
     task_token_dropout: dict[str, float] = field(default_factory=dict)  # where a task's differs

@@ -138,6 +138,10 @@ def test_the_log_tells_rates_temperature_and_what_was_cut(data, tmp_path):
     model = MocaModel.from_pretrained(tmp_path / "run" / "model")
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "moca.json").read_text()) == saved
+    contrast(
+        contrast_config({**data, "model": str(tmp_path / "again")}, tmp_path / "next", steps=1)
+    )
+    assert read_log(tmp_path / "next")[0]["temperature"] == pytest.approx(0.05)
 
 
 def test_the_decoder_is_loaded_with_its_targets(data, tmp_path):
