@@ -48,6 +48,39 @@ def test_image_tokens_bound_images_here_and_in_the_saved_model(data, tmp_path, s
     assert embedder.encode([page]).shape == (1, 32)
 
 
+@pytest.mark.parametrize("cache_images", [False, True])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_is_decoded_once_before_the_first_step(
+    data, tmp_path, monkeypatch, stage, on_error, cache_images
+):
+    class FirstStep(Exception):
+        pass
+
+    def load_batches(batches, numbers, workers):
+        found = len(opened)
+        batches[0]
+        assert (len(opened) == found) == cache_images
+        raise FirstStep(found)
+
+    opened, real = [], PIL.Image.open
+    monkeypatch.setattr(PIL.Image, "open", lambda file: opened.append(file) or real(file))
+    make, train = STAGES[stage]
+    monkeypatch.setattr(f"{train.__module__}.load_batches", load_batches)
+    options = {"on_error": on_error, "cache_images": cache_images}
+    if stage == "contrast":  # 120 pairs that share 24 pictures
+        lines = Path(data["pictures"]).read_text().splitlines()
+        rows = [json.loads(line) for line in lines] * 5
+        source = tmp_path / "pairs.jsonl"
+        source.write_text(
+            "".join(f"{json.dumps(r | {'qry': str(n)})}\n" for n, r in enumerate(rows))
+        )
+        root = str(Path(data["pictures"]).parent)
+        options |= {"pairs": {"pictures": str(source)}, "image_root": root}
+    with pytest.raises(FirstStep, match=r"^24$"):
+        train(make(data, tmp_path / "run", **options))
+
+
 def with_one_unreadable(data, folder: Path) -> str:
     rows = [json.loads(line) for line in Path(data["pictures"]).read_text().splitlines()]
     for row in rows:
