@@ -49,7 +49,7 @@ class RunConfig:
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     max_length: int = 1280  # tokens: stage 1 cuts what is longer in parts, stage 2 drops the rest
-    # least and most merged tokens an image is resized to, e.g. [256, 1024]; default: the model's
+    # least and most merged tokens of a resized image, e.g. [256, 1024]; default: the model's
     image_tokens: list[int] = field(default_factory=list)
     on_error: OnError = "raise"  # unreadable record: raise | skip (counted and reported)
     image_root: str = ""  # folder of the relative image paths in records; empty: of their file
@@ -121,7 +121,7 @@ class ContrastConfig(RunConfig):
     task_batch_sizes: dict[str, int] = field(default_factory=dict)  # where a task's differs
     task_weights: dict[str, float] = field(default_factory=dict)  # share of steps; none: by size
     hard_negatives: int = 2  # of a query, at most; scored only against it
-    temperature: float = 0.03
+    temperature: float = 0.03  # to begin with, whatever the model was trained with before
     learn_temperature: bool = False
     token_dropout: float = 0.0  # probability that a text token is left out
     task_token_dropout: dict[str, float] = field(default_factory=dict)  # where a task's differs
@@ -354,13 +354,13 @@ def _at_least(config: Any, name: str, least: float) -> None:
 
 
 def _image_tokens(config: RunConfig) -> None:
-    """An image stands between two tokens of its own."""
+    """Sides are rounded, so bounds need room; an image stands between two tokens of its own."""
     match config.image_tokens:
-        case [least, most] if 1 <= least <= most <= config.max_length - 2:
+        case [least, most] if 2 <= 2 * least <= most <= config.max_length - 2:
             return
     raise ConfigError(
-        "image_tokens: expected [least, most] with 1 <= least <= most <= max_length - 2 = "
-        f"{config.max_length - 2}, got {config.image_tokens}"
+        "image_tokens: expected [least, most] with 1 <= least, 2 * least <= most and most <= "
+        f"max_length - 2 = {config.max_length - 2}, got {config.image_tokens}"
     )
 
 

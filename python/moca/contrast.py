@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from moca.data.batching import TaskBatches, pair_keys
 from moca.data.encode import Encoded, Encoder
 from moca.data.packing import PackedBatch, pack
 from moca.data.records import Document, Pair
-from moca.data.sources import Check, check_images, load_pairs
+from moca.data.sources import Check, check_images, load_pairs, once
 from moca.model import MocaModel
 from moca.processes import load_batches
 from moca.run import Run, begin
@@ -159,13 +159,19 @@ def contrast(config: ContrastConfig) -> None:
     checkpoint, accelerator, model = begin(config)
     objective = ContrastObjective(model, config).to(accelerator.device)
     encoder = Encoder(model.tokenizer, model.image_settings, config.max_length)
-    check = encoder.check
+
+    @once
+    def checked(document: Document) -> Document:
+        if config.cache_images:
+            document = preload_images(document, model.image_settings)
+        encoder.check(document)
+        return document
+
     tasks = load_tasks(
-        config.pairs, config.on_error, check, config.image_root, accelerator.process_index
+        config.pairs, config.on_error, checked, config.image_root, accelerator.process_index
     )
     schedule = make_schedule(tasks, config, accelerator.process_index, accelerator.num_processes)
-    if config.cache_images:
-        tasks = {name: _preloaded(pairs, model) for name, pairs in tasks.items()}
+    tasks = {name: [_made_of(pair, checked) for pair in pairs] for name, pairs in tasks.items()}
     batches = PairBatches(tasks, schedule, encoder, config)
     run = Run(
         config, accelerator, objective, checkpoint,
@@ -257,24 +263,6 @@ def make_schedule(
     return schedule[: config.steps]
 
 
-def _preloaded(pairs: list[Pair], model: MocaModel) -> list[Pair]:
-    settings = model.image_settings
-    known: dict[bytes, Document] = {}
-
-    def once(document: Document) -> Document:
-        if not document.images:
-            return document
-        key = document.key()
-        if key not in known:
-            known[key] = preload_images(document, settings)
-        return known[key]
-
-    return [
-        replace(
-            pair,
-            query=once(pair.query),
-            positive=once(pair.positive),
-            negatives=tuple(once(negative) for negative in pair.negatives),
-        )
-        for pair in pairs
-    ]
+def _made_of(pair: Pair, of: Callable[[Document], Document]) -> Pair:
+    negatives = tuple(map(of, pair.negatives))
+    return replace(pair, query=of(pair.query), positive=of(pair.positive), negatives=negatives)

@@ -151,7 +151,8 @@ class MocaModel(nn.Module):
             raise ValueError(f"{directory}: its weights are damaged: {error}") from error
         if bidirectional is None:
             bidirectional = settings.bidirectional
-        pooling = pooling or settings.pooling
+        if pooling is None:
+            pooling = settings.pooling
         model = cls(vlm, tokenizer, image_settings, bidirectional=bidirectional, pooling=pooling)
         model.settings = Settings(bidirectional, pooling, settings.temperature)
         return model

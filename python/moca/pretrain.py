@@ -26,10 +26,10 @@ import moca_fast
 from moca.checkpoint import write_file
 from moca.config import ConfigError, CptConfig, load_config
 from moca.data.augment import ImageChanges, augment_images, preload_images
-from moca.data.encode import Encoder
+from moca.data.encode import Encoder, Piece
 from moca.data.packing import PackedBatch, batches_by_cost, document_cost, pack
 from moca.data.records import Document
-from moca.data.sources import load_documents
+from moca.data.sources import load_documents, once
 from moca.model import MocaModel
 from moca.processes import load_batches
 from moca.run import CONFIG, Run, begin, seeded
@@ -156,7 +156,7 @@ class CptBatches(Dataset):
 
     def __init__(
         self,
-        documents: Sequence[Document],
+        pieces: Sequence[Piece],
         encoder: Encoder,
         model: MocaModel,
         config: CptConfig,
@@ -168,14 +168,7 @@ class CptBatches(Dataset):
         self.mask_token_id = model.mask_token_id
         self.merge_size = model.image_settings.merge_size
         self.changes = ImageChanges(config.flip, config.rotate, config.shift, config.zoom)
-        # All of them, text as tokens: `max_length` at most each.
-        self.pieces = [
-            piece
-            for document in tqdm(documents, "measuring documents", unit="doc", disable=rank > 0)
-            for piece in encoder.split(document, config.max_length)
-        ]
-        if not self.pieces:
-            raise ConfigError("documents: the sources hold no documents")
+        self.pieces = pieces
         self.costs = [document_cost(len(piece), piece.image_tokens) for piece in self.pieces]
         most, worst = max(zip(self.costs, self.pieces, strict=True), key=lambda pair: pair[0])
         if most > config.batch_cost:
@@ -234,10 +227,10 @@ def pretrain(config: CptConfig) -> None:
     checkpoint, accelerator, model = begin(config)
     objective = PretrainObjective(model, config.normalize_patches).to(accelerator.device)
     encoder = Encoder(model.tokenizer, model.image_settings)
+    pieces = load_pieces(config, encoder, accelerator.process_index)
     batches = CptBatches(
-        _documents(config, model, encoder), encoder, model, config,
-        accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
+        pieces, encoder, model, config, accelerator.process_index, accelerator.num_processes
+    )
     run = Run(config, accelerator, objective, checkpoint, batches.identity)
     numbers = range(run.step * config.accumulation, config.steps * config.accumulation)
     loader = load_batches(batches, numbers, config.workers)
@@ -289,14 +282,31 @@ def load_objective(output: str | Path) -> PretrainObjective:
     return objective.eval()
 
 
-def _documents(config: CptConfig, model: MocaModel, encoder: Encoder) -> list[Document]:
-    def check(document: Document) -> None:
-        encoder.split(document, config.max_length)
+def load_pieces(config: CptConfig, encoder: Encoder, rank: int = 0) -> list[Piece]:
+    """All documents of a run, text as tokens, in pieces of `max_length` at most each.
+
+    Args:
+        config: says which, and what a bad one does.
+        encoder: cuts them.
+        rank: the first shows how far it is.
+
+    Raises:
+        ConfigError: there are none.
+        ValueError: a bad record, unless it is to be skipped; names it.
+    """
+
+    @once
+    def split(document: Document) -> list[Piece]:
+        if config.cache_images:
+            document = preload_images(document, encoder.settings)
+        return encoder.split(document, config.max_length)
 
     documents: list[Document] = []
     for source in config.documents:
         root = config.image_root or None
-        documents += load_documents(source, image_root=root, on_error=config.on_error, check=check)
-    if config.cache_images:
-        documents = [preload_images(document, model.image_settings) for document in documents]
-    return documents
+        documents += load_documents(source, image_root=root, on_error=config.on_error, check=split)
+    shown = tqdm(documents, "measuring documents", unit="doc", disable=rank > 0)
+    pieces = [piece for document in shown for piece in split(document)]
+    if not pieces:
+        raise ConfigError("documents: the sources hold no documents")
+    return pieces

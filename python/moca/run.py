@@ -69,9 +69,10 @@ def begin(config: RunConfig) -> tuple[Path | None, Accelerator, MocaModel]:
         settings = dataclasses.replace(model.image_settings, min_pixels=least, max_pixels=most)
         model.image_settings = settings
     if config.gradient_checkpointing:
-        # Its name since transformers 5.23, which warns of the earlier one.
-        name = "activation_checkpointing_enable"
-        getattr(model.vlm, name, model.vlm.gradient_checkpointing_enable)()
+        if hasattr(model.vlm, "activation_checkpointing_enable"):  # since transformers 5.23
+            model.vlm.activation_checkpointing_enable()
+        else:
+            model.vlm.gradient_checkpointing_enable()
     return checkpoint, accelerator, model
 
 
@@ -126,8 +127,8 @@ class Run:
 
     Raises:
         CheckpointError: the checkpoint is damaged, of other modules or of an earlier version.
-        ConfigError: it is past `steps`, its steps were made of other batches, or another process
-            writes to the folder.
+        ConfigError: it is past `steps`, its steps were made of other batches or of images of other
+            sizes, or another process writes to the folder.
     """
 
     def __init__(
@@ -170,7 +171,8 @@ class Run:
 
     def _load(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint, modules=self.modules, optimizers=self.optimizers)
-        if missing := {"step", "seconds", "values", "counts", "batches"} - state.keys():
+        kept = {"step", "seconds", "values", "counts", "batches", "image_tokens"}
+        if missing := kept - state.keys():
             raise CheckpointError(
                 f"{checkpoint}: state.json lacks {sorted(missing)}; it is of an earlier version, "
                 "which this one cannot go on from: begin again in another folder"
@@ -181,6 +183,11 @@ class Run:
                 f"steps: expected at least {self.step}, which {checkpoint} has reached, got "
                 f"{self.config.steps}"
             )
+        if self.config.image_tokens != state["image_tokens"]:
+            raise ConfigError(
+                f"image_tokens: expected {state['image_tokens']}, which {checkpoint} was trained "
+                f"with, got {self.config.image_tokens}"
+            )
         main = self.accelerator.is_main_process
         if main:
             self.counts += Counter(state["counts"])
@@ -188,7 +195,7 @@ class Run:
             raise ConfigError(
                 f"resume: the steps of {checkpoint} were made of other batches; expected the "
                 "records, batch sizes, task weights, seed, number of processes and what else says "
-                "which records there are (on_error, max_length, image_tokens) as they were then"
+                "which records there are (on_error, max_length) as they were then"
                 + "".join(f"; {change}" for change in self._changes())
             )
 
@@ -317,6 +324,7 @@ class Run:
                     "values": self._values,
                     "counts": counts,
                     "batches": self.batches(self.step),
+                    "image_tokens": self.config.image_tokens,
                 },
                 keep=self.config.keep_checkpoints,
             )

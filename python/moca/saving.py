@@ -102,7 +102,8 @@ class Settings:
     Args:
         bidirectional: whether every token sees its whole document.
         pooling: "mean" or "last".
-        temperature: that contrastive training ended with; None before any.
+        temperature: that contrastive training ended with, as a record: embeddings do not depend on
+            it, and further training begins with its own. None before any.
 
     Raises:
         ValueError: a value of another type, or an unknown pooling.

@@ -1,6 +1,7 @@
 """Images: equal to the transformers processor to the bit, and clear errors for bad ones."""
 
 import io
+import itertools
 
 import numpy as np
 import PIL.Image
@@ -56,6 +57,15 @@ def test_equals_the_transformers_processor(settings):
         np.testing.assert_array_equal(patches, expected["pixel_values"])
         np.testing.assert_array_equal([grid], expected["image_grid_thw"])
         assert patches.dtype == np.float32 and patches.shape[1] == settings.patch_dim
+
+
+@pytest.mark.parametrize("least, most", [(12, 24), (256, 512), (256, 1024)])
+def test_bounds_with_room_between_them_are_kept(least, most):
+    area = 28 * 28
+    settings = ImageSettings(min_pixels=least * area, max_pixels=most * area)
+    for short, ratio in itertools.product(np.geomspace(10, 4000, 40), np.linspace(1, 4, 25)):
+        height, width = target_size(int(short), int(short * ratio), settings)
+        assert least <= height * width / area <= most
 
 
 def special_images():

@@ -2,10 +2,9 @@
 
 import json
 import logging
-import sys
-import types
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -255,11 +254,11 @@ def test_hub_data_sets_never_run_remote_code(monkeypatch, caplog):
         if args[0] == "owner/broken":
             raise ConnectionError("offline")
         if args[0] == "owner/pictures":
-            return PAIRS[1:]
-        return [{"text": "one"}, {"qry": "q", "pos_text": "p"}]
+            return datasets.Dataset.from_list(PAIRS[1:])
+        rows = [{"text": "one", "qry": None}, {"text": None, "qry": "q"}]
+        return datasets.Dataset.from_list([row | {"pos_text": row["qry"]} for row in rows])
 
-    fake = types.SimpleNamespace(load_dataset=load_dataset)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     document = next(iter(load_documents("owner/name", split="test")))
     assert document == Document("one", (), "owner/name@test row 0")
     with caplog.at_level(logging.WARNING):
@@ -278,6 +277,23 @@ def test_hub_data_sets_never_run_remote_code(monkeypatch, caplog):
     assert next(iter(load_pairs("owner/pictures@a", image_root="root"))).query.images == (
         Path("root/a.png"),
     )
+
+
+def test_images_of_the_hub_stay_encoded(monkeypatch, picture):
+    content = picture()
+    image = {"bytes": content, "path": None}
+    row = {"text": "<image>" * 2, "images": [image, image]}
+    features = {"text": datasets.Value("string"), "images": datasets.List(datasets.Image())}
+    rows = datasets.Dataset.from_list([row], features=datasets.Features(features))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    [document] = load_documents("owner/name@train")
+    assert document.images == (content, content)
+    row = {"qry": "q", "pos_text": "", "pos_image_path": image}
+    features = {"qry": datasets.Value("string"), "pos_text": datasets.Value("string")}
+    features["pos_image_path"] = datasets.Image()
+    rows = datasets.Dataset.from_list([row], features=datasets.Features(features))
+    [pair] = load_pairs("owner/name@train")
+    assert pair.positive.images == (content,)
 
 
 def test_negatives_that_are_python_code_are_refused(tmp_path):

@@ -4,10 +4,9 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -81,9 +80,9 @@ def test_pairs_of_the_hub_are_evaluated_on_their_test_split(data, tmp_path, monk
 
     def load_dataset(name, subset, split):
         splits.append(split)
-        return pairs
+        return datasets.Dataset.from_list(pairs)
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     root = f"image_root={Path(data['pictures']).parent}"
     settings = [f"model={data['model']}", root, "precision=fp32"]
     assert main(["eval", *settings, "pairs.t=owner/name", "pairs.u=owner/name@train"]) == 0

@@ -198,6 +198,12 @@ def test_settings_that_do_not_fit_are_refused(tiny_model, tiny_tokenizer):
         Settings(pooling="max")
 
 
+def test_an_empty_pooling_is_not_the_saved_one(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="'mean' or 'last', got ''"):
+        MocaModel.from_pretrained(tmp_path / "model", pooling="")
+
+
 @pytest.mark.parametrize("place", ["./nothere", "no/such/folder", "~/nothere", "/nothere"])
 def test_a_folder_that_is_not_there_is_no_name_of_the_hub(place):
     with pytest.raises(FileNotFoundError, match=f"{place}: there is no such folder"):

@@ -2,10 +2,9 @@
 
 import io
 import json
-import sys
-import types
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
@@ -127,9 +126,9 @@ def test_mmeb_rows_of_the_hub(monkeypatch):
 
     def load_dataset(*args, **options):
         calls.append((*args, options["split"]))
-        return MMEB_ROWS
+        return datasets.Dataset.from_list(MMEB_ROWS)
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     first, _ = load_mmeb("owner/name:Set", image_root="root")
     assert first.query.images == (Path("root/it.png"),) and first.task == "Set"
     assert calls == [("owner/name", "Set", "test")]

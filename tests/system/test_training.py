@@ -206,6 +206,7 @@ def test_settings_may_change_between_starts(data, tmp_path, capsys):
         ({"batch_size": 4}, "made of other batches"),
         ({"pairs": ["words"]}, "made of other batches"),
         ({"steps": 1}, "steps: expected at least 2, which .* has reached, got 1"),
+        ({"image_tokens": [1, 9]}, r"image_tokens: expected \[\], which .*, got \[1, 9\]"),
     ],
 )
 def test_stage2_refuses_to_resume_on_other_batches(data, tmp_path, change, message):
@@ -220,6 +221,8 @@ def test_stage1_refuses_to_resume_on_other_batches(data, tmp_path):
     pretrain(cpt_config(data, tmp_path / "run", steps=2))
     with pytest.raises(ConfigError, match="made of other batches"):
         pretrain(cpt_config(data, tmp_path / "run", batch_cost=300, resume=True))
+    with pytest.raises(ConfigError, match=r"image_tokens: expected \[\], .* got \[1, 8\]"):
+        pretrain(cpt_config(data, tmp_path / "run", image_tokens=[1, 8], resume=True))
 
 
 def test_another_optimizer_is_named(data, tmp_path):

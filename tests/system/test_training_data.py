@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -14,7 +15,7 @@ from moca.data.records import Document, Pair
 from moca.embed import Embedder
 from moca.model import MocaModel
 from moca.pretrain import load_objective, pretrain
-from moca.run import read_log
+from moca.run import begin, read_log
 from test_training_numbers import STAGES
 from tiny import IMAGES, contrast_config, cpt_config
 
@@ -45,6 +46,39 @@ def test_image_tokens_bound_images_here_and_in_the_saved_model(data, tmp_path, s
         assert len(encoded) - 2 == 16
     embedder = Embedder.from_pretrained(tmp_path / "run" / "model", max_length=26)
     assert embedder.encode([page]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("cache_images", [False, True])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_is_decoded_once_before_the_first_step(
+    data, tmp_path, monkeypatch, stage, on_error, cache_images
+):
+    class FirstStep(Exception):
+        pass
+
+    def load_batches(batches, numbers, workers):
+        found = len(opened)
+        batches[0]
+        assert (len(opened) == found) == cache_images
+        raise FirstStep(found)
+
+    opened, real = [], PIL.Image.open
+    monkeypatch.setattr(PIL.Image, "open", lambda file: opened.append(file) or real(file))
+    make, train = STAGES[stage]
+    monkeypatch.setattr(f"{train.__module__}.load_batches", load_batches)
+    options = {"on_error": on_error, "cache_images": cache_images}
+    if stage == "contrast":  # 120 pairs that share 24 pictures
+        lines = Path(data["pictures"]).read_text().splitlines()
+        rows = [json.loads(line) for line in lines] * 5
+        source = tmp_path / "pairs.jsonl"
+        source.write_text(
+            "".join(f"{json.dumps(r | {'qry': str(n)})}\n" for n, r in enumerate(rows))
+        )
+        root = str(Path(data["pictures"]).parent)
+        options |= {"pairs": {"pictures": str(source)}, "image_root": root}
+    with pytest.raises(FirstStep, match=r"^24$"):
+        train(make(data, tmp_path / "run", **options))
 
 
 def with_one_unreadable(data, folder: Path) -> str:
@@ -137,6 +171,10 @@ def test_the_log_tells_rates_temperature_and_what_was_cut(data, tmp_path):
     model = MocaModel.from_pretrained(tmp_path / "run" / "model")
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "moca.json").read_text()) == saved
+    contrast(
+        contrast_config({**data, "model": str(tmp_path / "again")}, tmp_path / "next", steps=1)
+    )
+    assert read_log(tmp_path / "next")[0]["temperature"] == pytest.approx(0.05)
 
 
 def test_the_decoder_is_loaded_with_its_targets(data, tmp_path):
@@ -153,3 +191,14 @@ def test_activations_are_made_again_without_a_warning(data, tmp_path):
     pretrain(cpt_config(data, tmp_path / "plain", steps=1))
     again, plain = (read_log(tmp_path / name)[0] for name in ("run", "plain"))
     assert again["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["activation_checkpointing_enable", "gradient_checkpointing_enable"]
+)
+def test_one_name_of_gradient_checkpointing_is_enough(data, tmp_path, monkeypatch, name):
+    calls = []
+    model = SimpleNamespace(vlm=SimpleNamespace(**{name: lambda: calls.append(name)}))
+    monkeypatch.setattr(MocaModel, "from_pretrained", lambda *_, **__: model)
+    begin(cpt_config(data, tmp_path / "run", gradient_checkpointing=True))
+    assert calls == [name]

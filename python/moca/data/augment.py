@@ -89,6 +89,7 @@ def drop_tokens(
 def preload_images(document: Document, settings: ImageSettings) -> Document:
     """The document with its images decoded and resized, so that neither is done again."""
     images = (
-        resize(decode(image, document.name), settings, document.name) for image in document.images
+        resize(decode(image, name), settings, name)
+        for image, name in zip(document.images, document.image_names, strict=True)
     )
     return replace(document, images=tuple(images))

@@ -30,8 +30,8 @@ _PACKED = (".gz", ".bz2", ".xz", ".zst")  # what is packed is told by the suffix
 _KINDS = 8  # of files, told by their names
 # "name" or "owner/name", and then, where they are given, ":subset" and "@split".
 _HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w.-]+(?:\[[\d:%-]+\])?))?")
-# Parquet rows turned into Python objects at a time; a row may hold several images.
-_PARQUET_ROWS = 64
+# Arrow rows turned into Python objects at a time; a row may hold several images.
+_ARROW_ROWS = 64
 # Tells two faults of a kind apart: "(column 7)", "(line 2, column 7)", "(byte 9)".
 _DETAIL = re.compile(r" \([^()]*\d[^()]*\)$")
 
@@ -235,7 +235,7 @@ def _parquet_rows(file: Path, place: str) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             number = 0
-            for batch in table.iter_batches(_PARQUET_ROWS):
+            for batch in table.iter_batches(_ARROW_ROWS):
                 for record in batch.to_pylist():
                     yield f"{place} row {number}", partial(given, record)
                     number += 1
@@ -278,5 +278,24 @@ def _hub_rows(place: HubSplit) -> Iterator[tuple[Row, None]]:
             f"{place}: cannot load split {place.split!r} of this hub data set (and there is no "
             f"such local file): {error}"
         ) from error
-    for number, record in enumerate(rows):
-        yield (f"{place} row {number}", partial(given, record)), None
+    features = rows.features
+    _leave_encoded(features)
+    number = 0
+    for batch in rows.with_format("arrow").iter(_ARROW_ROWS):  # as stored
+        for record in batch.to_pylist():
+            row = partial(given, features.decode_example(record))
+            yield (f"{place} row {number}", row), None
+            number += 1
+
+
+def _leave_encoded(feature: Any) -> None:
+    """Have images given as their bytes: decoded, they are many times as large."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        feature.decode = False
+    elif isinstance(feature, Mapping):
+        for inner in feature.values():
+            _leave_encoded(inner)
+    elif isinstance(feature, (datasets.List, datasets.LargeList)):
+        _leave_encoded(feature.feature)

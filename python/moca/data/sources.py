@@ -31,8 +31,9 @@ from moca.data.rows import (
 
 logger = logging.getLogger(__name__)
 
-Check = Callable[[Document], None]
+Check = Callable[[Document], object]
 Item = TypeVar("Item", Document, Pair)
+Made = TypeVar("Made")
 
 _HTML_TASKS = ("title_section", "caption_figure")
 # Beside their pictures, what pages are shown with.
@@ -44,6 +45,19 @@ def check_images(document: Document) -> None:
     for image in document.images:
         opened = decode(image, document.name)
         target_size(opened.height, opened.width, ImageSettings(), document.name)
+
+
+def once(make: Callable[[Document], Made]) -> Callable[[Document], Made]:
+    """The same function, called once for all documents that are equal and do not make it fail."""
+    known: dict[bytes, Made] = {}
+
+    def remembered(document: Document) -> Made:
+        key = document.key()
+        if key not in known:
+            known[key] = make(document)
+        return known[key]
+
+    return remembered
 
 
 def picture_suffixes() -> set[str]:
