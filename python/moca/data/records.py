@@ -50,6 +50,7 @@ class Document:
         text: the text with its markers; may be empty only when read, never when encoded.
         images: encoded bytes, paths or PIL images, in the order of the markers.
         name: where the document came from, for error messages.
+        opening: what of the text stands before its own words; all of it where it has none.
         closing: wording after the text, without images, that is kept where the text is cut.
 
     Raises:
@@ -61,6 +62,7 @@ class Document:
     text: str
     images: tuple[ImageLike, ...] = ()
     name: str = ""
+    opening: str = ""
     closing: str = ""
 
     def __post_init__(self) -> None:
