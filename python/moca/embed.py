@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -182,13 +183,19 @@ class Hit:
     text: str
 
 
-def checker(model: str | PathLike, max_length: int) -> Check:
-    """What raises the ValueError that embedding a document would raise, but for the model's part.
+def checkers(model: str | PathLike, max_length: int, *prompts: str) -> list[Check]:
+    """For each prompt, what raises the ValueError that embedding a document with it would raise,
+    but for the model's part.
 
     Needs none of the model's weights, so that sources are read before they are loaded.
     """
     tokenizer, image_settings, _ = read_directory(model)
-    return Encoder(tokenizer, image_settings, max_length).check
+    encoder = Encoder(tokenizer, image_settings, max_length)
+
+    def check(prompt: str, document: Document) -> None:
+        encoder.check(prompted(document, prompt))
+
+    return [partial(check, prompt) for prompt in prompts]
 
 
 def build_index(config: EmbedConfig) -> int:
@@ -202,14 +209,18 @@ def build_index(config: EmbedConfig) -> int:
     """
     output = Path(config.output)
     with new_output(output, "folder"):
+        [check] = checkers(config.model, config.max_length, config.document_prompt)
         documents = list(load_documents(
             config.source,
             image_root=config.image_root or None,
             on_error=config.on_error,
-            check=checker(config.model, config.max_length),
+            check=check,
         ))  # fmt: skip
         if not documents:
             raise ConfigError(f"source: {config.source} holds no documents")
+        if config.on_error == "raise":  # to skip, loading has checked already
+            for document in tqdm(documents, "checking", unit="doc"):
+                check(document)
         embedder = Embedder.from_pretrained(
             config.model,
             max_length=config.max_length,

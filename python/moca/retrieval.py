@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from moca.checkpoint import new_output, write_file
 from moca.config import ConfigError, EvalConfig
 from moca.console import say
 from moca.data.prompts import prompted_pair
 from moca.data.records import Document, Pair
-from moca.data.sources import load_pairs
-from moca.embed import Embedder, checker
+from moca.data.rows import read_rows
+from moca.data.sources import Records, load_pairs
+from moca.embed import Embedder, checkers
 from moca.evaluate import Embed, Pool, candidate_precision, chance
 from moca.suites import load_beir, load_mmeb
 
@@ -68,23 +73,48 @@ def _evaluate(config: EvalConfig) -> Scores:
 
 
 def _read_sources(config: EvalConfig) -> tuple[dict[str, Pool], dict[str, list[Pair]]]:
-    """What is ranked among all of a task, and what among the candidates of a row."""
+    """What is ranked among all of a task, and what among the candidates of a row.
+
+    All is checked here, queries and documents with the wording of their side, so that none stops
+    the embedding.
+    """
+    prompts = config.query_prompt, config.document_prompt
+    check_query, check_document = checkers(config.model, config.max_length, *prompts)
+
+    def later(document: Document) -> None:
+        """The check of a pair's document, whose side only the pair tells."""
+
+    def checked(pair: Pair) -> Pair:
+        check_query(pair.query)
+        for document in (pair.positive, *pair.negatives):
+            check_document(document)
+        return pair
+
+    def read(task: str, pairs: Records[Pair]) -> list[Pair]:
+        bar = tqdm(pairs, f"checking {task}", unit="pair")
+        rows = ((pair.name, partial(checked, pair)) for pair in bar)
+        return list(read_rows(pairs.source, rows, config.on_error, Counter()))
+
     options: dict[str, Any] = {
         "split": "test",
         "image_root": config.image_root or None,
         "on_error": config.on_error,
-        "check": checker(config.model, config.max_length),
     }
     pools, choices = {}, {}
     for task, source in config.pairs.items():
-        pairs = list(load_pairs(source, task=task, **options))
+        pairs = read(task, load_pairs(source, task=task, **options, check=later))
         if not pairs:
             raise ConfigError(f"pairs.{task}: {source} holds no pairs")
         pools[task] = Pool.of_pairs(pairs)
     for task, folder in config.beir.items():
-        pools[task] = load_beir(folder, **options)
+        pools[task] = load_beir(folder, **options, check=check_document)
+        for query in pools[task].queries:
+            check_query(query)
+        if config.on_error == "raise":  # to skip, loading has checked already
+            for document in tqdm(pools[task].candidates, f"checking {task}", unit="doc"):
+                check_document(document)
     for task, source in config.mmeb.items():
-        choices[task] = list(load_mmeb(source, **options))
+        choices[task] = read(task, load_mmeb(source, **options, check=later))
         if not choices[task]:
             raise ConfigError(f"mmeb.{task}: {source} holds no rows")
     return pools, choices

@@ -110,6 +110,39 @@ def test_an_image_alone_that_does_not_fit_is_an_error(tokenizer, settings, pictu
         encoder(document)
 
 
+@pytest.mark.parametrize("text", ["", "\n"])
+@pytest.mark.parametrize("prompt", ["", "the dog ", "{}the dog", "the {image}quick {text}dog"])
+def test_wording_alone_is_no_document(tokenizer, settings, picture, prompt, text):
+    """An image that does not fit is an error beside the wording of a prompt too."""
+    document = prompted(Document(IMAGE_MARKER + text, (picture(40, 40),), "row 3"), prompt)
+    encoder = Encoder(tokenizer, settings, 26)
+    for function in (encoder, encoder.check):
+        with pytest.raises(ValueError, match=r"row 3: an image of 27 tokens.*max_length 26"):
+            function(document)
+    before = len(tokenizer(prompt.partition("{image}")[0].removesuffix("{}"))["input_ids"])
+    room = 27 + (0 if prompt.startswith("{}") else before)
+    encoder = Encoder(tokenizer, settings, room)
+    assert runs_of_images(encoder, encoder(document)) == [25]
+    if room > 27:
+        with pytest.raises(ValueError, match="with the wording around it, and nothing else"):
+            Encoder(tokenizer, settings, room - 1)(document)
+
+
+@pytest.mark.parametrize("prompt", ["{}", "{image}{text}"])
+def test_wording_leaves_room_for_words_of_the_document(tokenizer, settings, picture, prompt):
+    before, after = "the lazy dog ", "\nover the fox"
+    prompt = prompt.replace("}", "}" + before, 1) if "image" in prompt else before + prompt
+    image = Document(f"{IMAGE_MARKER}{WORDS}", (picture(40, 40),), "row 3")
+    opening, closing = len(tokenizer(before)["input_ids"]), len(tokenizer(after)["input_ids"])
+    for document in (image, Document(WORDS, (), "row 3")):
+        document = prompted(document, prompt + after)
+        with pytest.raises(ValueError, match=r"row 3: .* does not fit.*nothing else"):
+            Encoder(tokenizer, settings, opening)(document)
+        for room in range(opening + 2, opening + closing + 4):
+            ids = Encoder(tokenizer, settings, room)(document).input_ids.tolist()
+            assert tokenizer.decode(ids).startswith(f"{before}the") and len(ids) == room
+
+
 @pytest.mark.parametrize("budget", [12, 13, 17, 20, 33, 64, 500])
 def test_split_keeps_everything_and_cuts_between_words(encoder, picture, tokenizer, budget):
     document = mixed(picture, text=WORDS * 3)

@@ -122,13 +122,18 @@ def test_a_marker_without_an_image_is_text_only_where_the_record_says_so():
 @pytest.mark.parametrize(
     ("field", "known"),
     [
-        *(("Images", "images"), ("imgs", "images"), ("img", "images"), ("image_path", "images")),
-        *(("pos_image", "pos_image_path"), ("qry_img_path", "qry_image_path")),
-        *(("neg_texts", "neg_text"), ("negatives", "neg_text"), ("neg_images", "neg_image_path")),
+        *((name, "images") for name in ("Images", "imgs", "img", "image_path", "imges", "picture")),
+        *((name, "qry") for name in ("query", "qry_text", "QRY")),
+        *((name, "qry_image_path") for name in ("qry_img_path", "query_image", "qryImagePath")),
+        *((name, "pos_text") for name in ("positive", "pos", "pos_txt", "positives")),
+        *((name, "pos_image_path") for name in ("pos_image", "pos-image-path", "pos_image_pth")),
+        *((name, "neg_text") for name in ("neg_texts", "negatives", "neg", "hard_negatives")),
+        *((name, "neg_image_path") for name in ("neg_images", "neg_image_paths", "negative_image")),
     ],
 )
 def test_misspelt_fields_are_refused(field, known):
-    pair = {"qry": "q", "pos_text": "p"}
+    whole = {"qry": "q", "pos_text": "p", "qry_image_path": "q.png", "pos_image_path": "p.png"}
+    pair = {name: value for name, value in whole.items() if name != known}
     read, record = (
         (document_from_record, {"text": "t"}) if known == "images" else (pair_from_record, pair)
     )
@@ -136,17 +141,40 @@ def test_misspelt_fields_are_refused(field, known):
         ValueError, match=rf"row 6: field '{known}' is missing; found \['{field}'\]"
     ):
         read(record | {field: ["a.png"]}, name="row 6")
-    for other in ({field: 3}, {field: None}, {field: ["a.png"], known: []}):
-        assert read(record | other) == read(record)
+    given = {known: "" if known in ("qry", "pos_text") else []}
+    assert read(record | given | {field: ["a.png"]}) == read(record | given)
+    if known not in ("qry", "pos_text"):
+        assert read(record | {field: 3}) == read(record | {field: None}) == read(record)
 
 
 def test_other_fields_are_metadata():
     record = {"text": "t"}
-    others = "id page pages tags title message messages language url source filename date usage"
+    others = (
+        "id page pages tags title message messages language url source filename date usage next "
+        "image_url image_id image_ids is_image image_alt imageType"
+    )
     assert document_from_record(record | dict.fromkeys(others.split(), "x")) == Document("t")
     pair = {"qry": "q", "pos_text": "p"}
-    others = "qry_id pos_id neg_ids query_type positive query instruction negative_score"
+    others = (
+        "qry_id pos_id neg_ids query_type positive query instruction negative_score neg_type next "
+        "neg_title neg_meta neg_score neg_scores neg_ctx neg_count pos_page pos_path post_image "
+        "page_image_path qry_image_id"
+    )
     assert pair_from_record(pair | dict.fromkeys(others.split(), "x")) == pair_from_record(pair)
+
+
+@pytest.mark.parametrize(
+    "field", [{"caption": "a boat"}, {"conversations": [{"from": "human", "value": "What?"}]}]
+)
+def test_an_image_beside_text_that_is_not_read_is_no_document(field):
+    record = {"image": "a.png", "id": 7, "name": "boat"}
+    with pytest.raises(
+        ValueError, match=rf"row 2: field 'text' is missing; .*{next(iter(field))}.*empty"
+    ):
+        document_from_record(record | field, name="row 2")
+    for text in ("", None):
+        given = document_from_record(record | field | {"text": text})
+        assert given == document_from_record(record) and given.text == IMAGE_MARKER
 
 
 def test_a_record_may_name_its_document():

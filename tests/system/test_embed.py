@@ -209,6 +209,43 @@ def test_an_image_that_can_never_fit_is_a_bad_record(built, tmp_path, caplog):
         build_index(EmbedConfig(**options, output=str(tmp_path / "2")))
 
 
+@pytest.mark.parametrize("command", ["embed", "pairs", "mmeb", "beir"])
+def test_bad_documents_are_found_with_their_prompts_before_the_weights(built, tmp_path, command):
+    """An image of 6 tokens fits without the wording around it, of which it is the only content."""
+    model = shutil.copytree(built / "model", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    picture().save(tmp_path / "red.png")
+    pair = {"qry": "", "qry_image_path": "red.png", "pos_text": "red", "pos_image_path": "red.png"}
+    records = {
+        "embed": {"images": "red.png"},
+        "pairs": pair,
+        "mmeb": {"qry_text": "red", "tgt_text": [""], "tgt_img_path": ["red.png"]},
+        "beir": {"image": "red.png", "query": "red"},
+    }
+    sources = {name: tmp_path / f"{name}.jsonl" for name in records}
+    (tmp_path / "beir").mkdir()
+    picture().save(tmp_path / "beir" / "red.png")
+    sources["beir"] = tmp_path / "beir" / "data.jsonl"
+    sources[command].write_text(json.dumps(records[command]))
+
+    def run(wording: str, on_error: str = "raise"):
+        prompt = {"query_prompt" if command == "pairs" else "document_prompt": wording}
+        options = {"model": str(model), "max_length": 6, "on_error": on_error, **prompt}
+        if command == "embed":
+            output = str(tmp_path / "index")
+            return build_index(EmbedConfig(source=str(sources["embed"]), output=output, **options))
+        source = tmp_path / "beir" if command == "beir" else sources[command]
+        return evaluate_model(EvalConfig(**{command: {"t": str(source)}}, **options))
+
+    with pytest.raises(ValueError, match=r"image of 6 tokens .* max_length 6 with the wording"):
+        run("red {}")
+    with pytest.raises(ValueError, match=r"holds no|no query has a relevant"):
+        run("red {}", "skip")
+    for on_error in ("raise", "skip"):
+        with pytest.raises(OSError, match="safetensors"):
+            run("", on_error)
+
+
 def test_names_that_are_no_utf8_are_kept_readable(built):
     assert search(built / "index", "red", k=1)[0].name.startswith("caf\\udce9.jsonl line")
 

@@ -251,7 +251,7 @@ def no_model(monkeypatch):
                 tell(documents)
             return letter_embedding(documents)
 
-    monkeypatch.setattr(retrieval, "checker", lambda *_: check_images)
+    monkeypatch.setattr(retrieval, "checkers", lambda *_: [check_images, check_images])
     monkeypatch.setattr(retrieval.Embedder, "from_pretrained", lambda *_, **__: Letters())
     return told.append
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from moca.data.images import ImageSettings, decode, patchify, resize, target_size
-from moca.data.records import Document, ImageLike
+from moca.data.records import IMAGE_MARKER, Document, ImageLike
 
 KNOWN_TOKENS = 1 << 22  # of texts whose tokens are remembered: 40 MB, and 0.5 KB a text
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
@@ -101,8 +101,8 @@ class Encoder:
         where no image has to go for it. Without, it comes back whole, whatever its length.
 
         Raises:
-            ValueError: an empty document, an unreadable image, or images that leave nothing within
-                max_length; names the record.
+            ValueError: an empty document, an unreadable image, or one of which nothing but wording
+                around it fits into max_length; names the record.
         """
         if not truncate or self.max_length is None:
             segments = list(self._segments(document))
@@ -247,18 +247,34 @@ class Encoder:
     def _fitting(self, document: Document, room: int) -> tuple[list[_Text | _Image], int, bool]:
         """What of a document fits, how many images do not, and whether anything does not."""
         segments, too_large, cut = self._cut(document, room)
-        if not segments:
+        if not cut:
+            return segments, 0, False
+        bare = replace(document, closing="")
+        own = self._cut(bare, room)[0] if document.closing else segments
+        if not self._own_left(document, own):
+            what = f"an image of {max(too_large)} tokens" if too_large else "the text"
+            prompt = document.opening or document.closing
+            around = " with the wording around it" if prompt else ""
             raise ValueError(
-                f"{document.name or 'document'}: an image of {max(too_large)} tokens does not fit "
-                f"into max_length {self.max_length}, and there is no text beside it"
+                f"{document.name or 'document'}: {what} does not fit into max_length "
+                f"{self.max_length}{around}, and nothing else of the document does"
             )
-        if cut and document.closing:
-            closing = _Text(*self._tokens(document.closing))
-            if len(closing) < room:
-                kept, left_out, _ = self._cut(replace(document, closing=""), room - len(closing))
-                if len(left_out) == len(too_large):
-                    segments = [*kept, closing]
+        closing = _Text(*self._tokens(document.closing))
+        if 0 < len(closing) < room:
+            kept, left_out, _ = self._cut(bare, room - len(closing))
+            if len(left_out) == len(too_large) and self._own_left(document, kept):
+                segments = [*kept, closing]
         return segments, len(too_large), cut
+
+    def _own_left(self, document: Document, segments: list[_Text | _Image]) -> bool:
+        """Whether an image is among the segments, or words of the document's own."""
+        if any(isinstance(segment, _Image) for segment in segments):
+            return True
+        if not document.text.removeprefix(document.opening).replace(IMAGE_MARKER, "").strip():
+            return False
+        in_markers = 3 * document.opening.count(IMAGE_MARKER)
+        opening = len(self._tokens(document.opening)[0]) - in_markers
+        return sum(map(len, segments)) > opening
 
     def _cut(self, document: Document, room: int) -> tuple[list[_Text | _Image], list[int], bool]:
         """What fits from the beginning, the tokens of images that do not, and whether anything does

@@ -43,7 +43,10 @@ _READ_AS = {
 # Declared names that Python does not know.
 _LABELS = {"windows-31j": "cp932", "windows-874": "cp874", "windows-949": "cp949"}
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
-_META = re.compile(rb"<meta\b[^>]*?\bcharset\s*=\s*[\"']?\s*([\w.:+-]+)", re.IGNORECASE)
+_META = re.compile(rb"<meta\b((?:[^>\"']|\"[^\"]*\"|'[^']*')*)>", re.IGNORECASE)
+_ATTRIBUTE = re.compile(rb"([^\s=/]+)\s*=\s*(\"[^\"]*\"|'[^']*'|[^\s\"']+)")
+_LABEL = re.compile(rb"([\w.:+-]+)")
+_IN_CONTENT = re.compile(rb"\bcharset\s*=\s*[\"']?\s*([\w.:+-]+)", re.IGNORECASE)
 _XML = re.compile(rb"\s*<\?xml\b[^>]*?\bencoding\s*=\s*[\"']\s*([\w.:+-]+)", re.IGNORECASE)
 # Browsers look at 1024 bytes, and longer where a comment comes first.
 _HEAD_BYTES = 4096
@@ -134,8 +137,8 @@ def _encoding(content: bytes, skipped: Counter) -> str:
         if content.startswith(beginning):
             return encoding
     head = _COMMENT.sub(b"", content[:_HEAD_BYTES])
-    if found := _META.search(head) or _XML.match(head):
-        label = found[1].decode().lower().removeprefix("x-")
+    if declared := _declared(head):
+        label = declared.decode().lower().removeprefix("x-")
         try:
             name = codecs.lookup(_LABELS.get(label, label)).name
             name = _READ_AS.get(name, name)
@@ -148,6 +151,20 @@ def _encoding(content: bytes, skipped: Counter) -> str:
     except UnicodeDecodeError:
         return "cp1252"
     return "utf-8"
+
+
+def _declared(head: bytes) -> bytes:
+    """The character set that a page says it has; empty where it says none."""
+    for meta in _META.finditer(head):
+        found = _ATTRIBUTE.findall(meta[1])
+        attributes = {name.lower(): value.strip(b"\"' \t\r\n") for name, value in found}
+        label = _LABEL.match(attributes.get(b"charset", b""))
+        if not label and attributes.get(b"http-equiv", b"").lower() == b"content-type":
+            label = _IN_CONTENT.search(attributes.get(b"content", b""))
+        if label:
+            return label[1]
+    xml = _XML.match(head)
+    return xml[1] if xml else b""
 
 
 def _close_headings(text: str) -> str:

@@ -36,17 +36,17 @@ def prompted(document: Document, prompt: str) -> Document:
         ValueError: see `check_prompt`.
     """
     check_prompt(prompt)
-    parts = _PLACE.split(prompt)
-    if len(parts) == 1:
-        return replace(document, text=prompt + document.text) if prompt else document
-    filled = {
-        "{}": document.text,
-        "{image}": IMAGE_MARKER * len(document.images),
-        "{text}": document.text.replace(IMAGE_MARKER, ""),
-    }
-    *parts, closing = parts
-    text = "".join(filled.get(part, part) for part in parts)
-    return replace(document, text=text, closing=closing)
+    if not prompt:
+        return document
+    if not _PLACE.search(prompt):
+        prompt += "{}"
+    own = document.text.replace(IMAGE_MARKER, "")
+    filled = {"{}": document.text, "{image}": IMAGE_MARKER * len(document.images), "{text}": own}
+    *parts, closing = _PLACE.split(prompt)
+    texts = [filled.get(part, part) for part in parts]
+    begin = next(i for i, part in enumerate(parts) if part in ("{}", "{text}"))
+    opening = texts[:begin] if own.strip() else texts
+    return replace(document, text="".join(texts), opening="".join(opening), closing=closing)
 
 
 def prompted_pair(pair: Pair, query: str, document: str) -> Pair:

@@ -7,13 +7,13 @@ contrastive records (``qry``, ``pos_text``, ``neg_text`` and their image paths) 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,19 @@ _ONE_IMAGE = (bytes, bytearray, memoryview, os.PathLike, Mapping, PIL.Image.Imag
 _IMAGE_PAD = "<|image_pad|>"
 _NUMBERED_MARKER = re.compile(r"<\|image_\d+\|>")
 _PLAIN_MARKER = "<image>"
-_DOCUMENT_FIELDS = ("text", "images")
-_PAIR_FIELDS = (
-    *("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"),
-)
-# How alike a field and a known one are that must be the same: as "negatives" and "neg_text" are.
-_ALIKE = 0.58
+# A field -> what is taken for it by mistake, in small letters and without "_" and "-".
+_DOCUMENT_MISTAKES = {
+    "images": r"(img|image|pic|picture|photo)s?|(img|image)(path|file)s?|(img|image)list",
+}
+_PAIR_MISTAKES = {
+    "qry": r"query|(qry|query)text",
+    "qry_image_path": r"(qry|query)(img|image)s?(paths?)?",
+    "pos_text": r"pos|positives?|positivetexts?",
+    "pos_image_path": r"(pos|positive)(img|image)s?(paths?)?",
+    "neg_text": r"(hard)?(neg|negative)s?(texts?)?",
+    "neg_image_path": r"(hard)?(neg|negative)(img|image)s?(paths?)?",
+}
+_DOCUMENT_FIELDS = ("text", "image", "name", *_DOCUMENT_MISTAKES)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Document:
         text: the text with its markers; may be empty only when read, never when encoded.
         images: encoded bytes, paths or PIL images, in the order of the markers.
         name: where the document came from, for error messages.
+        opening: what of the text stands before its own words; all of it where it has none.
         closing: wording after the text, without images, that is kept where the text is cut.
 
     Raises:
@@ -54,6 +62,7 @@ class Document:
     text: str
     images: tuple[ImageLike, ...] = ()
     name: str = ""
+    opening: str = ""
     closing: str = ""
 
     def __post_init__(self) -> None:
@@ -165,7 +174,8 @@ def document_from_record(
         record: the record. ``image`` is another name of ``images``, and one that is no list is a
             list of one. Images go first when the text has no marker (``<image>``, ``<|image_1|>``
             or `IMAGE_MARKER`); where ``images`` is an empty list, ``<image>`` is text. A string
-            ``name`` names the document, in search results too. Other fields are not read.
+            ``name`` names the document, in search results too. Other fields are not read;
+            without ``text``, which may be empty or null, they may only hold numbers or nothing.
         root: folder against which relative image paths are taken.
         name: where the record came from, for error messages, and the name of one without.
 
@@ -178,7 +188,13 @@ def document_from_record(
         if not _missing(record.get("images")):
             raise ValueError(f"{where}: expected 'images' or 'image', got both")
         record = {**record, "images": record["image"]}
-    _check_names(record, _DOCUMENT_FIELDS, where)
+    _check_names(record, _DOCUMENT_MISTAKES, where)
+    unread = [key for key, value in record.items() if key not in _DOCUMENT_FIELDS and _tells(value)]
+    if unread and "text" not in record and not _missing(record.get("images")):
+        raise ValueError(
+            f"{where}: field 'text' is missing; found {sorted(map(str, record))}; where "
+            f"{sorted(map(str, unread))} shall not be read, give an empty 'text'"
+        )
     document = _side(record, "text", "images", root, where)
     own = record.get("name")
     own = " ".join(own.split()) if isinstance(own, str) else ""
@@ -209,7 +225,7 @@ def pair_from_record(
             as a Python list, or ``neg_text`` and ``neg_image_path`` of different lengths.
     """
     where = name or "record"
-    _check_names(record, _PAIR_FIELDS, where)
+    _check_names(record, _PAIR_MISTAKES, where)
     query = _side(record, "qry", "qry_image_path", root, where)
     positive = _side(record, "pos_text", "pos_image_path", root, where)
     texts = _list_field(record, "neg_text", where)
@@ -228,18 +244,29 @@ def pair_from_record(
     return Pair(query, positive, tuple(negatives), task, name)
 
 
-def _check_names(record: Mapping, known: tuple[str, ...], where: str) -> None:
-    """Refuse a field that looks like a known one that is not there; a number is none of those."""
+def _check_names(record: Mapping, mistakes: dict[str, str], where: str) -> None:
+    """Refuse a field whose name is a mistake for that of one that is not there."""
     for key, value in record.items():
-        if key in known or _missing(value) or isinstance(value, (bool, int, float)):
-            continue
-        name = str(key).lower().replace("img", "image")
-        alike = [field for field in known if field[:1] == name[:1]]
-        close = difflib.get_close_matches(name, alike, n=1, cutoff=_ALIKE)
-        if close and close[0] not in record:
-            raise ValueError(
-                f"{where}: field {close[0]!r} is missing; found {[key]}, which looks misspelt"
-            )
+        for field, names in mistakes.items():
+            if field not in record and _tells(value) and _mistaken(str(key), field, names):
+                raise ValueError(
+                    f"{where}: field {field!r} is missing; found {[key]}, which looks misspelt"
+                )
+
+
+@lru_cache(4096)
+def _mistaken(key: str, field: str, names: str) -> bool:
+    """Whether a key is one of the names (a pattern), or the field but for at most one letter."""
+    key, field = (name.lower().replace("_", "").replace("-", "") for name in (key, field))
+    same = len(os.path.commonprefix([key, field]))  # noqa: RUF071 - of letters
+    rest, due = key[same:], field[same:]
+    nearly = rest[1:] == due[1:] or rest[1:] == due or rest == due[1:]
+    return nearly or re.fullmatch(names, key) is not None
+
+
+def _tells(value: Any) -> bool:
+    """Whether a field holds more than a number or nothing."""
+    return not _missing(value) and not isinstance(value, (bool, int, float))
 
 
 def _side(record: Mapping, text_key: str, image_key: str, root: Any, where: str) -> Document:
