@@ -33,7 +33,8 @@ from moca.model import MocaModel
 from moca.processes import load_batches
 from moca.run import Run, begin
 
-# Length of what stands in the place of a hard negative that a query lacks.
+# Length of what stands in the place of a hard negative that a query lacks: at any temperature below
+# 9,000, exp(-FAR / temperature) is 0 in float32.
 FAR = 1e6
 
 

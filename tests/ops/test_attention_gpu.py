@@ -1,6 +1,7 @@
 """attention on GPU backends, by the rule and the oracle of test_attention."""
 
 import math
+from threading import Thread
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from numerics import (
     poisoned_memory,
 )
 from test_attention import NAMES, Layers, cu, grads, make, masks, oracle, plain
+from torch import Tensor
 
 from moca_fast import SpanMask, attention
 from moca_fast.ops.attention.op import plan
@@ -128,6 +130,19 @@ def test_rows_that_see_nothing(backend):
         assert all(x[:43].isfinite().all() and x[:43].any() for x in (out, *gradients))
         results.append([out, lse, *gradients])
     assert all(map(torch.equal, *results))
+
+
+@on_backends
+def test_a_thread_that_is_new_to_the_device(backend):
+    """It has no context there before its first call."""
+    mask = SpanMask.causal(cu(3, 40)).to(DEVICE)
+    q, k, v, *_ = (x.to(DEVICE) for x in make(mask, 2, 1, 64, USUAL[backend]))
+    want = attention(q, k, v, mask, backend=backend)
+    got: list[Tensor] = []
+    thread = Thread(target=lambda: got.append(attention(q, k, v, mask, backend=backend)))
+    thread.start()
+    thread.join()
+    assert len(got) == 1 and torch.equal(got[0], want)
 
 
 @on_backends

@@ -51,16 +51,9 @@ def _seen(plan: list[Tensor], q: Tensor, k: Tensor, v: Tensor, *d_out: Tensor) -
     """The tensors with 0 for queries that see nothing and keys that nobody sees: 0 times what they
     hold may be NaN."""
     start, end, _, key_start, key_end, _ = plan
-    hidden = [
-        start >= end,
-        key_start >= key_end,
-        key_start >= key_end,
-        *[start >= end] * len(d_out),
-    ]
-    return [
-        x.masked_fill(rows[:, None, None], 0)
-        for x, rows in zip((q, k, v, *d_out), hidden, strict=True)
-    ]
+    blind, unseen = (start >= end)[:, None, None], (key_start >= key_end)[:, None, None]
+    q, *rest = (x.masked_fill(blind, 0) for x in (q, *d_out))
+    return [q, k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), *rest]
 
 
 def _wide(x: Tensor) -> Tensor:
